@@ -1,0 +1,1 @@
+"""The outside world, one narrow Protocol each: discovery, scrapes, metrics, the admin server."""

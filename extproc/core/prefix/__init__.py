@@ -1,0 +1,1 @@
+"""Prefix blocks of a prompt and the index of who holds them."""

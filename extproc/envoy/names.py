@@ -1,0 +1,54 @@
+"""Names that extproc and the rendered bootstrap share; each is a contract with a running Envoy."""
+
+from __future__ import annotations
+
+LB_NAMESPACE = "envoy.lb"
+"""Dynamic metadata that Envoy's override_host policy reads."""
+DESTINATION = "x-gateway-destination-endpoint"
+"""`ip:port[,ip:port...]`, best first: metadata key, and request header under the endpoint picker protocol."""
+SERVED = "x-gateway-destination-endpoint-served"
+"""Metadata key under which Envoy notes who answered in the end."""
+SUBSET_NAMESPACE = "envoy.lb.subset_hint"
+SUBSET = "x-gateway-destination-endpoint-subset"
+"""Metadata key: the proxy restricts the candidates to these."""
+
+NAMESPACE = "extproc"
+"""Our own dynamic metadata."""
+FLIGHT = "flight"
+"""Key: id of the flight; joins access log entries to the ledger."""
+STRIP_USAGE = "strip_usage"
+"""Key, bool: we asked for the usage chunk, so Envoy takes it out of the stream again."""
+USAGE_NAMESPACE = "extproc.usage"
+"""Token counts taken from the response inside Envoy."""
+PROMPT_TOKENS = "prompt_tokens"
+COMPLETION_TOKENS = "completion_tokens"
+CACHED_TOKENS = "cached_tokens"
+
+LOG_NAME = "extproc"
+TTFT_TAG = "ttft_us"
+"""Access log tag: microseconds from the client's request to the first byte of the response body."""
+REPLICA_TTFT_TAG = "replica_ttft_us"
+"""The same from the first byte sent to the replica."""
+
+POOL_HEADER = "x-extproc-pool"
+"""Request header that selects the cluster when there are several pools; removed before the replica."""
+REPLICA_HEADER = "x-extproc-replica"
+"""Response header, when switched on: who answered."""
+SERVICE_CLUSTER = "extproc"
+"""Envoy's cluster for extproc itself."""
+
+CONTROL_HEADERS = (DESTINATION, SERVED, SUBSET, POOL_HEADER, "x-vllm-priority", "x-data-parallel-rank")
+"""Request headers that only we may set; Envoy removes what a client sends."""
+PRIVATE_HEADERS = (
+    "x-session-id",
+    "x-request-priority",
+    "x-slo-ttft-ms",
+    "x-gateway-inference-objective",
+    "x-gateway-inference-fairness-id",
+)
+"""Request headers for us alone; Envoy removes them before the replica."""
+
+
+def cluster_name(pool: str) -> str:
+    """Envoy's cluster of a pool."""
+    return f"pool_{pool}"

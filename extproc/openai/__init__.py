@@ -1,0 +1,1 @@
+"""OpenAI-compatible requests and errors: bytes in, Request or BadRequest out. Pure."""
