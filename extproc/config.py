@@ -8,11 +8,14 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from extproc.core.policies import PolicyError, create
 
 
 class ConfigError(Exception):
@@ -275,15 +278,40 @@ def parse(text: str, source: str = "config", base: Path = Path()) -> Config:
     try:
         raw = yaml.safe_load(text)
     except yaml.YAMLError as e:
-        raise ConfigError(f"{source}: not YAML: {' '.join(str(e).split())}") from None
+        raise ConfigError(f"{source}: not YAML: {_yaml_mistake(e)}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{source}: must be a mapping with the key pools; see docs/configuration.md")
     try:
         config = Config.model_validate(raw)
     except ValidationError as e:
-        lines = [f"{source}: {_line(error)}" for error in e.errors()]
+        lines = [f"{source}: {_line(error)}" for error in _causes(e.errors())]
         raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+    _check_policies(config, source)
     return _absolute(_with_pool_labels(config), base)
+
+
+def _yaml_mistake(error: yaml.YAMLError) -> str:
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else " ".join(str(error).split())
+
+
+def _check_policies(config: Config, source: str) -> None:
+    for i, pool in enumerate(config.pools):
+        try:
+            create(pool.policy, pool.policy_options)
+        except PolicyError as e:
+            raise ConfigError(f"{source}: pools[{i}].policy: {e}") from None
+
+
+def _causes(errors: Sequence[Any]) -> list[Any]:
+    """Without the lists called too short only because an item in them is wrong."""
+    places = [error["loc"] for error in errors]
+    return [
+        error
+        for error in errors
+        if error["type"] != "too_short"
+        or not any(p != error["loc"] and p[: len(error["loc"])] == error["loc"] for p in places)
+    ]
 
 
 def _line(error: Any) -> str:
@@ -296,6 +324,8 @@ def _line(error: Any) -> str:
     text = text[0].lower() + text[1:]
     if error["type"] == "missing":
         text = "is missing; add it"
+    elif error["type"] == "too_short":
+        text = f"needs at least {error['ctx']['min_length']} item"
     elif not error["type"].startswith("value_error"):
         text += f", not {_shown(error['input'])}"
     return f"{where}: {text}" if where else text

@@ -232,7 +232,7 @@ class Prediction:
 
     cached_tokens: int
     queue_s: float
-    """Until its own prefill begins."""
+    """Until its own prefill begins, with what every request pays whatever its length (HTTP, tokenization)."""
     prefill_s: float
     """Its own uncached prompt tokens, and the decode steps that share the engine meanwhile."""
     decode_s: float

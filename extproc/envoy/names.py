@@ -37,7 +37,7 @@ REPLICA_HEADER = "x-extproc-replica"
 SERVICE_CLUSTER = "extproc"
 """Envoy's cluster for extproc itself."""
 
-CONTROL_HEADERS = (DESTINATION, SERVED, SUBSET, POOL_HEADER, "x-vllm-priority", "x-data-parallel-rank")
+CONTROL_HEADERS = (DESTINATION, SERVED, SUBSET, POOL_HEADER, "x-vllm-priority")
 """Request headers that only we may set; Envoy removes what a client sends."""
 PRIVATE_HEADERS = (
     "x-session-id",

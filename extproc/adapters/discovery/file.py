@@ -1,0 +1,129 @@
+"""Members listed in a file that may change while extproc runs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from watchfiles import awatch
+
+from extproc.adapters.discovery.base import Emit, OnError, difference, ignore_errors, reset
+from extproc.adapters.discovery.listing import ListingError, parse
+from extproc.core.types import Replica
+
+log = logging.getLogger(__name__)
+
+MAX_BYTES: Final = 8 * 1024 * 1024
+"""Largest file that is read; ten thousand replicas with labels take about 2 MiB."""
+_DEBOUNCE_MS: Final = 250
+"""Longest wait for a writer to finish. The 1.6 s that watchfiles takes by default would delay a removal in a busy directory."""
+
+
+class FileSource:
+    """A Reset when the file was first read, then the fewest changes each time that its content differs.
+
+    A file that is missing or wrong changes nothing, at the start as later: the members stay as they were last read.
+    Each mistake is counted, logged and handed to `on_error` once, not again until the file has another one or was good in between.
+    """
+
+    def __init__(
+        self,
+        pool: str,
+        path: Path,
+        labels: Mapping[str, str],
+        *,
+        on_error: OnError = ignore_errors,
+        recheck_s: float = 2.0,
+    ) -> None:
+        """`recheck_s`: the file is read again after so long without an event.
+
+        Events do not tell of a swapped directory above, of a link into another directory, nor of NFS; and none comes for a
+        change between the first read and the start of the watch.
+        """
+        self.pool = pool
+        self.path = path
+        self.errors = 0
+        self.mistake: str | None = None
+        """What is wrong with the file now; None when it was good at the last look."""
+        self._labels = labels
+        self._on_error = on_error
+        self._recheck_s = recheck_s
+        self._members: dict[str, Replica] | None = None
+        self._content: bytes | None = None
+        """As last read, good or bad: bad content is parsed once, not every `recheck_s`."""
+
+    def __repr__(self) -> str:
+        members = "unread" if self._members is None else f"{len(self._members)} replicas"
+        return f"<FileSource {self.pool}: {members} from {self.path}, {self.mistake or 'good'}>"
+
+    async def run(self, emit: Emit) -> None:
+        while True:
+            await self._look(emit)
+            try:
+                await self._watch(emit)
+            except (
+                OSError,
+                RuntimeError,
+            ) as e:  # no directory yet, or no inotify watches left (watchfiles raises either)
+                log.debug("%s: not watched: %s; looking every %s s", self.path, e, self._recheck_s)
+                await asyncio.sleep(self._recheck_s)
+
+    async def _watch(self, emit: Emit) -> None:
+        """Look whenever something moves beside the file. The directory is watched, for a rename onto the file ends a watch of the file."""
+        async for _ in awatch(
+            self.path.parent,
+            watch_filter=None,
+            debounce=_DEBOUNCE_MS,
+            rust_timeout=max(1, round(self._recheck_s * 1000)),
+            yield_on_timeout=True,
+            recursive=False,
+        ):
+            await self._look(emit)
+
+    async def _look(self, emit: Emit) -> None:
+        """Read the file, and tell of what changed."""
+        try:
+            content = await asyncio.to_thread(_read, self.path)
+            if content == self._content:
+                return
+            self._content = content
+            members = await asyncio.to_thread(parse, content, self._labels)
+        except ListingError as e:
+            self._failed(str(e))
+        except OSError as e:
+            self._content = None  # the old content may come back; it is then read again, which clears the mistake
+            self._failed(e.strerror or str(e))
+        else:
+            self.mistake = None
+            self._became(members, emit)
+
+    def _became(self, members: dict[str, Replica], emit: Emit) -> None:
+        before, self._members = self._members, members
+        if before is None:
+            emit(reset(self.pool, members))
+            return
+        for change in difference(self.pool, before, members):
+            log.info("pool %s: %s", self.pool, change)
+            emit(change)
+
+    def _failed(self, mistake: str) -> None:
+        self._content = (
+            None  # the same good content afterwards is read again, which clears the mistake and changes nothing
+        )
+        if mistake == self.mistake:
+            return
+        self.mistake = mistake
+        self.errors += 1
+        log.warning("%s: %s; the members of pool %s stay as they are", self.path, mistake, self.pool)
+        self._on_error(f"{self.path}: {mistake}")
+
+
+def _read(path: Path) -> bytes:
+    with path.open("rb") as file:
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise ListingError(f"larger than {MAX_BYTES} bytes")
+    return content

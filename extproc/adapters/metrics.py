@@ -1,0 +1,180 @@
+"""Prometheus metrics: one observer of the router's records, and gauges read from it when a scrape comes.
+
+Labels are bounded: pools, policies and reasons come from configuration and code, replicas from discovery (series of a
+replica that left are removed), outcomes and refusals are enums. No label ever comes from a request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from extproc.core.fleet import Readiness
+from extproc.core.observers import Ended
+from extproc.core.router import Router
+from extproc.core.types import Decision, Outcome, Reject
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+TOKENS = (16, 64, 256, 1024, 4096, 16384, 65536, 262144)
+RATIO = (0.1, 0.25, 0.5, 0.75, 0.9, 1.1, 1.25, 1.5, 2.0, 4.0, 10.0)
+"""Predicted over actual: 0.9 to 1.1 is right."""
+DECIDING = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 5e-2)
+
+
+class RouterMetrics:
+    """Observer of a router; see `extproc.core.router.Observer`."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"extproc_{name}", text, labels, registry=registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(f"extproc_{name}", text, labels, buckets=buckets, registry=registry)
+
+        self.decisions = counter(
+            "decisions", "Requests routed, by the replica chosen.", "pool", "policy", "reason", "replica"
+        )
+        self.refusals = counter("refusals", "Requests refused by the router.", "pool", "reason")
+        self.bad_requests = counter("bad_requests", "Requests answered with an error before routing.", "status")
+        self.outcomes = counter("outcomes", "Ends of flights.", "pool", "replica", "outcome")
+        self.moved = counter("moved", "Flights served by an alternate instead of the first choice.", "pool")
+        self.unknown = counter("unknown_flights", "Ends of flights that were not open: late, doubled, or not ours.", "outcome")
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens as reported by usage.", "pool", "replica")
+        self.output_tokens = counter(
+            "output_tokens", "Output tokens, reported or estimated by response size.", "pool", "replica"
+        )
+        self.predicted_hits = counter(
+            "predicted_cached_tokens", "Prompt tokens predicted to be cached, where usage tells the truth.", "pool"
+        )
+        self.actual_hits = counter("actual_cached_tokens", "Prompt tokens that were cached, as reported.", "pool")
+        self.prompt_ratio = histogram(
+            "prompt_tokens_predicted_ratio", "Estimated over actual prompt tokens.", RATIO, "pool"
+        )
+        self.output_ratio = histogram(
+            "output_tokens_predicted_ratio", "Expected over actual output tokens.", RATIO, "pool"
+        )
+        self.ttft_ratio = histogram(
+            "ttft_predicted_ratio", "Predicted over actual seconds to first token.", RATIO, "pool"
+        )
+        self.ttft = histogram(
+            "ttft_seconds", "From the client's request to the first byte of the body, streams.", SECONDS, "pool"
+        )
+        self.duration = histogram("duration_seconds", "From the client's request to the end.", SECONDS, "pool")
+        self.prompt_size = histogram("request_prompt_tokens", "Prompt tokens per request, estimated.", TOKENS, "pool")
+        self.deciding = histogram("decision_seconds", "Reading a request and choosing its replica.", DECIDING)
+        self.log_entries = counter("access_log_entries", "Access log entries from Envoy.", "kind")
+        self.streams = counter("streams", "ext_proc streams, by how they ended.", "end")
+        self.scrapes = counter("scrapes", "Scrapes of replicas' metrics.", "pool", "result")
+        self.discovery_errors = counter("discovery_errors", "Discovery sources that could not be read.", "pool")
+
+    def decided(self, decision: Decision) -> None:
+        labels = (decision.pool, decision.policy, decision.reason, decision.endpoints[0])
+        self.decisions.labels(*labels).inc()
+        self.prompt_size.labels(decision.pool).observe(decision.prompt_tokens)
+
+    def refused(self, reject: Reject, pool: str | None) -> None:
+        self.refusals.labels(pool or "none", reject.refusal.value).inc()
+
+    def ended(self, ended: Ended) -> None:
+        flight, outcome = ended.flight, ended.outcome
+        pool, replica = flight.pool, outcome.served or flight.address
+        self.outcomes.labels(pool, replica if not ended.moved else flight.address, outcome.end.value).inc()
+        if ended.moved:
+            self.moved.labels(pool).inc()
+        if ended.output_tokens:
+            self.output_tokens.labels(pool, flight.address).inc(ended.output_tokens)
+            if flight.output_tokens:
+                self.output_ratio.labels(pool).observe(flight.output_tokens * flight.samples / ended.output_tokens)
+        if outcome.duration_s is not None:
+            self.duration.labels(pool).observe(outcome.duration_s)
+        self._usage(ended)
+        self._first_token(ended)
+
+    def unknown_flight(self, outcome: Outcome) -> None:
+        self.unknown.labels(outcome.end.value).inc()
+
+    def _usage(self, ended: Ended) -> None:
+        flight, usage = ended.flight, ended.outcome.usage
+        if usage is None or not usage.prompt_tokens:
+            return
+        self.prompt_tokens.labels(flight.pool, flight.address).inc(usage.prompt_tokens)
+        self.prompt_ratio.labels(flight.pool).observe(flight.prompt_tokens / usage.prompt_tokens)
+        if usage.cached_tokens is not None:
+            self.predicted_hits.labels(flight.pool).inc(flight.prediction.cached_tokens)
+            self.actual_hits.labels(flight.pool).inc(usage.cached_tokens)
+
+    def _first_token(self, ended: Ended) -> None:
+        flight, outcome = ended.flight, ended.outcome
+        if not flight.stream or outcome.ttft_s is None:
+            return
+        self.ttft.labels(flight.pool).observe(outcome.ttft_s)
+        if outcome.replica_ttft_s and not ended.moved:
+            self.ttft_ratio.labels(flight.pool).observe(flight.prediction.ttft_s / outcome.replica_ttft_s)
+
+    def left(self, pool: str, address: str) -> None:
+        """Drop the series of a replica that is no longer a member: addresses of pods never come back."""
+        for metric in (self.decisions, self.outcomes, self.prompt_tokens, self.output_tokens):
+            metric.remove_by_labels({"pool": pool, "replica": address})
+
+
+class FleetCollector(Collector):
+    """Gauges of every replica, read from the router when asked."""
+
+    def __init__(self, router: Router, clock: Callable[[], float]) -> None:
+        self._router = router
+        self._clock = clock
+
+    def collect(self) -> Iterator[Metric]:
+        now = self._clock()
+
+        def gauge(name: str, text: str, *labels: str) -> GaugeMetricFamily:
+            return GaugeMetricFamily(f"extproc_replica_{name}", text, labels=("pool", "replica", *labels))
+
+        state = gauge("state", "1 for the state that the replica is in.", "state")
+        in_flight = gauge("in_flight", "Requests routed there that have not ended.")
+        held = gauge("held_tokens", "KV cache tokens that these are expected to hold.")
+        queued = gauge("queued_prompt_tokens", "Uncached prompt tokens whose prefill is not done.")
+        backlog = gauge("backlog_seconds", "Predicted seconds until that prefill is done.")
+        age = gauge("sample_age_seconds", "Age of the last sample; absent before the first.")
+        waiting = gauge("waiting", "Requests waiting in the engine, by the last sample.")
+        running = gauge("running", "Requests running in the engine, by the last sample.")
+        kv_usage = gauge("kv_usage_ratio", "KV cache in use by running requests, by the last sample.")
+        strangers = gauge("strangers", "Requests there that did not come through here.")
+        index = gauge("index_bytes", "Canonical prompt bytes that the replica is believed to have cached.")
+        prefill = gauge("prefill_factor", "Learned prefill time over the prior's.")
+        decode = gauge("decode_factor", "Learned time per output token over the prior's.")
+        trust = gauge("hit_trust_ratio", "Actual over predicted prefix hits, smoothed.")
+        for pool, member in self._router.members():
+            key = (pool, member.address)
+            readiness = member.readiness(now)
+            for one in Readiness:
+                state.add_metric((*key, one.value), float(readiness is one))
+            in_flight.add_metric(key, len(member.load))
+            held.add_metric(key, member.load.held_tokens)
+            queued.add_metric(key, member.load.queued_tokens(now))
+            backlog.add_metric(key, member.load.backlog_s(now))
+            strangers.add_metric(key, member.strangers)
+            index.add_metric(key, self._router.pools[pool].index.held_bytes(member.address))
+            prefill.add_metric(key, member.speed.prefill_factor)
+            decode.add_metric(key, member.speed.decode_factor)
+            trust.add_metric(key, member.hit_trust)
+            if member.sampled_at is not None:
+                age.add_metric(key, now - member.sampled_at)
+            if member.sample is not None:
+                for family, value in (
+                    (waiting, member.sample.waiting),
+                    (running, member.sample.running),
+                    (kv_usage, member.sample.kv_usage),
+                ):
+                    if value is not None:
+                        family.add_metric(key, value)
+        yield from (state, in_flight, held, queued, backlog, age, waiting, running, kv_usage, strangers)
+        yield from (index, prefill, decode, trust)
+        total = GaugeMetricFamily("extproc_in_flight", "Requests routed that have not ended, all pools.")
+        total.add_metric((), self._router.in_flight)
+        yield total

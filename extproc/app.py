@@ -1,0 +1,212 @@
+"""Composition root: configuration -> core -> adapters -> servers, and the order in which they start and stop.
+
+Start: metrics and core, then membership (so that the first request finds replicas), scrapes, the members file, HTTP, and gRPC
+last, because Envoy sends traffic from then on. Stop in the reverse order: no new streams, then the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import time
+from collections.abc import Callable, Coroutine
+from random import Random
+from typing import Any
+
+from aiohttp import web
+from prometheus_client import CollectorRegistry
+
+from extproc.adapters import discovery
+from extproc.adapters.admin import Admin
+from extproc.adapters.metrics import FleetCollector, RouterMetrics
+from extproc.adapters.recorder import Recorder
+from extproc.adapters.scraping import Scraper
+from extproc.config import Config, PoolConfig
+from extproc.core.fleet import Readiness
+from extproc.core.observers import Several
+from extproc.core.router import PoolSettings, Router
+from extproc.core.types import Change, Fact, NotSampled, Reset, Sampled
+from extproc.envoy.endpoints import EndpointsError, EndpointsFile, Health, Member
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.25
+"""How often lost flights are swept and the members file is compared; both cost microseconds when there is nothing to do."""
+
+
+class App:
+    """One extproc process."""
+
+    def __init__(self, config: Config, clock: Callable[[], float] = time.monotonic, rng: Random | None = None) -> None:
+        self.config = config
+        self._clock = clock
+        rng = rng or Random()
+        self.registry = CollectorRegistry()
+        self.metrics = RouterMetrics(self.registry)
+        self.recorder = Recorder(config.inspect.decisions)
+        self.router = Router(
+            [settings(pool) for pool in config.pools],
+            rng,
+            Several(self.metrics, self.recorder),
+            config.requests.flight_ttl_s,
+        )
+        self.registry.register(FleetCollector(self.router, clock))
+        self._scrapers = {
+            pool.name: Scraper(pool, self._learn, rng=rng, busy=self._busy)
+            for pool in config.pools
+            if pool.engine != "none"
+        }
+        self._sources = [discovery.from_config(pool, self._discovery_error(pool.name)) for pool in config.pools]
+        self._known: set[str] = set()
+        """Pools whose members are known; the members file is left alone until all are."""
+        self._endpoints = EndpointsFile(config.envoy.endpoints_file)
+        self._endpoints_error: str | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._web: web.AppRunner | None = None
+
+    async def start(self) -> None:
+        """Begin to serve. Raises OSError when a port is taken, EndpointsError when the members file cannot be written."""
+        for scraper in self._scrapers.values():
+            await scraper.start()
+        for source in self._sources:
+            self._spawn(source.run(self._changed), f"discovery of {source.pool}")
+        await asyncio.sleep(0)  # static pools tell their members at once
+        self._write_endpoints(strict=True)
+        self._spawn(self._tick(), "tick")
+        await self._start_http()
+        await self._server.start()
+        log.info("serving: %s", self.router)
+
+    async def stop(self, grace_s: float = 5.0) -> None:
+        """End what was started, last first. Envoy goes on with the members it has."""
+        await self._server.stop(grace_s)
+        if self._web is not None:
+            await self._web.cleanup()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for scraper in self._scrapers.values():
+            await scraper.stop()
+        log.info("stopped: %s", self.router)
+
+    async def run(self) -> None:
+        """Serve until SIGTERM or SIGINT."""
+        ended = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, ended.set)
+        try:
+            await self.start()
+            await ended.wait()
+        finally:
+            await self.stop()
+
+    def not_ready(self) -> str | None:
+        """Why requests cannot be routed now; None when each pool has a replica that may be chosen."""
+        now = self._clock()
+        for name, pool in self.router.pools.items():
+            if not len(pool.fleet):
+                return f"pool {name} has no members"
+            if all(m.readiness(now) in (Readiness.DOWN, Readiness.UNSAMPLED) for m in pool.fleet.members):
+                return f"pool {name}: no member has answered a scrape"
+        return None
+
+    # --- facts --------------------------------------------------------------------------------------------------------
+
+    def _learn(self, fact: Fact) -> None:
+        self.router.learn(fact, self._clock())
+        if isinstance(fact, Sampled):
+            self.metrics.scrapes.labels(fact.pool, "ok").inc()
+        elif isinstance(fact, NotSampled):
+            self.metrics.scrapes.labels(fact.pool, fact.why.value).inc()
+
+    def _changed(self, change: Change) -> None:
+        self._learn(change)
+        if isinstance(change, Reset):
+            self._known.add(change.pool)
+        if scraper := self._scrapers.get(change.pool):
+            scraper.follow(change)
+
+    def _busy(self, address: str) -> bool:
+        return any(len(member.load) > 0 for _, member in self.router.members() if member.address == address)
+
+    def _discovery_error(self, pool: str) -> Callable[[str], None]:
+        return lambda _: self.metrics.discovery_errors.labels(pool).inc()
+
+    # --- recurring ----------------------------------------------------------------------------------------------------
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        task.add_done_callback(_report)
+        self._tasks.append(task)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            self.router.expire(self._clock())
+            self._write_endpoints()
+
+    def _write_endpoints(self, strict: bool = False) -> None:
+        """Tell Envoy who is a member and who is healthy, if that changed.
+
+        Not before every pool is known: after a restart Envoy keeps serving with the members of the last file.
+        """
+        if len(self._known) < len(self.config.pools):
+            return
+        now = self._clock()
+        members = {
+            name: [Member(m.address, _health(m.readiness(now)), m.replica.weight) for m in pool.fleet.members]
+            for name, pool in self.router.pools.items()
+        }
+        try:
+            self._endpoints.write(members)
+            self._endpoints_error = None
+        except EndpointsError as e:
+            if strict:
+                raise
+            if str(e) != self._endpoints_error:
+                log.error("%s", e)
+            self._endpoints_error = str(e)
+
+    # --- servers ------------------------------------------------------------------------------------------------------
+
+    async def _start_http(self) -> None:
+        admin = Admin(
+            self.router,
+            self.recorder,
+            self.registry,
+            self._clock,
+            self.not_ready,
+            self.config.requests.max_body_bytes,
+        )
+        self._web = web.AppRunner(admin.application(), access_log=None)
+        await self._web.setup()
+        listen = self.config.listen.http
+        if listen.startswith("unix:"):
+            await web.UnixSite(self._web, listen.removeprefix("unix:")).start()
+        else:
+            host, _, port = listen.rpartition(":")
+            await web.TCPSite(self._web, host.strip("[]"), int(port)).start()
+
+
+def settings(pool: PoolConfig) -> PoolSettings:
+    """The core's view of a pool's configuration."""
+    return PoolSettings(
+        name=pool.name,
+        models=pool.models,
+        policy=pool.policy,
+        policy_options=pool.policy_options,
+        scraped=pool.engine != "none",
+        stale_after_s=pool.scrape.stale_after_s,
+    )
+
+
+def _health(readiness: Readiness) -> Health:
+    return Health.UNHEALTHY if readiness is Readiness.DOWN else Health.HEALTHY
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    """A recurring task that dies leaves the process half alive: say so loudly."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("%s ended: %r", task.get_name(), error, exc_info=error)

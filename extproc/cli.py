@@ -1,0 +1,171 @@
+"""The command line. Everything heavy is imported by the command that needs it, so that `extproc check` starts at once."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import click
+
+from extproc import __version__
+from extproc.config import Config, ConfigError, load
+
+_CONFIG = click.option(
+    "--config",
+    "path",
+    type=click.Path(path_type=Path),
+    default=Path("extproc.yaml"),
+    show_default=True,
+    help="Configuration file; docs/configuration.md has every key.",
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def main() -> None:
+    """Send each LLM request to the replica where it costs least, from inside Envoy."""
+
+
+def load_checked(path: Path) -> Config:
+    """A valid configuration. Ends the program with what to mend otherwise."""
+    try:
+        return load(path)
+    except ConfigError as e:
+        raise click.ClickException(str(e)) from None
+
+
+@main.command()
+@_CONFIG
+def serve(path: Path) -> None:
+    """Serve Envoy's ext_proc, access log and health checks, and HTTP for inspection."""
+    import uvloop
+
+    from extproc.app import App
+    from extproc.envoy.endpoints import EndpointsError
+
+    config = load_checked(path)
+    logging.basicConfig(
+        level=config.inspect.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+        stream=sys.stderr,
+    )
+    try:
+        uvloop.run(App(config).run())
+    except (OSError, EndpointsError) as e:
+        raise click.ClickException(str(e)) from None
+
+
+@main.command()
+@_CONFIG
+def check(path: Path) -> None:
+    """Validate a configuration; one line for each mistake, with its dotted path and a remedy."""
+    config = load_checked(path)
+    replicas = sum(len(pool.replicas) for pool in config.pools)
+    click.echo(f"{path}: good: {len(config.pools)} pool(s), {replicas} fixed replica(s)")
+
+
+@main.command()
+@_CONFIG
+@click.option(
+    "--baseline", type=click.Choice(["round_robin", "least_request", "random"]), help="Without extproc, for comparison."
+)
+@click.option("--output", type=click.Path(path_type=Path), help="Instead of envoy.bootstrap_file.")
+@click.option("--no-validate", is_flag=True, help="Do not run `envoy --mode validate`.")
+def envoy(path: Path, baseline: str | None, output: Path | None, no_validate: bool) -> None:
+    """Render a complete Envoy bootstrap and let Envoy validate it."""
+    from extproc.envoy import bootstrap
+    from extproc.envoy.endpoints import EndpointsError, create_if_missing
+
+    config = load_checked(path)
+    try:
+        create_if_missing(config)
+        written = bootstrap.write(config, baseline=baseline, path=output)
+        if not no_validate:
+            bootstrap.validate(written)
+    except (bootstrap.BootstrapError, EndpointsError, OSError) as e:
+        raise click.ClickException(str(e)) from None
+    click.echo(f"{written}: {'written' if no_validate else 'valid'}; run: envoy -c {written}")
+
+
+@main.command()
+@click.option(
+    "--config", "path", type=click.Path(path_type=Path), help="YAML list of replicas, instead of the options below."
+)
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", default=8000, show_default=True)
+@click.option("--model", default="llama-3.1-8b", show_default=True, help="Name it serves.")
+@click.option("--gpu", default="h100", show_default=True, help="a100, h100 or h200: sets the step time.")
+@click.option("--tp", default=1, show_default=True, help="Tensor parallelism.")
+@click.option("--model-size", default="8b", show_default=True)
+@click.option(
+    "--time-scale", default=1.0, show_default=True, help="Above 1 the simulated GPU is slower by that factor."
+)
+def backend(path: Path | None, **options: Any) -> None:
+    """Run simulated vLLM replicas: an OpenAI-compatible server with a step-by-step engine behind it, and no GPU."""
+    import uvloop
+
+    from extproc.sim.backend import BackendSpec, load_specs, serve
+
+    try:
+        specs = load_specs(path) if path else [BackendSpec.from_options(**options)]
+    except ConfigError as e:
+        raise click.ClickException(str(e)) from None
+    uvloop.run(serve(specs))
+
+
+@main.command()
+@click.argument("body", type=click.File("rb"), default="-")
+@click.option("--url", default="http://127.0.0.1:9003", show_default=True, help="extproc's HTTP port.")
+@click.option("--json", "as_json", is_flag=True, help="The record as it is.")
+def explain(body: BinaryIO, url: str, as_json: bool) -> None:
+    """Show the decision that a request body (a file, or standard input) would get, with the cost on each replica.
+
+    Nothing is sent to a replica and nothing is reserved.
+    """
+    from extproc.explain import table
+
+    request = urllib.request.Request(f"{url.rstrip('/')}/debug/explain", data=body.read(), method="POST")
+    try:
+        with urllib.request.urlopen(request, timeout=10) as response:
+            record = json.load(response)
+    except urllib.error.HTTPError as e:
+        raise click.ClickException(f"{e.code}: {e.read(2000).decode(errors='replace')}") from None
+    except OSError as e:
+        raise click.ClickException(f"{url}: {e}; is `extproc serve` running, with listen.http there?") from None
+    if as_json:
+        click.echo(json.dumps(record, indent=2))
+    else:
+        table(record)
+
+
+@main.command()
+@click.option(
+    "--config", "path", type=click.Path(path_type=Path), help="Fleet and workload; deploy/demo.yaml when not given."
+)
+@click.option("--output", type=click.Path(path_type=Path), default=Path("build/demo.json"), show_default=True)
+def demo(path: Path | None, output: Path) -> None:
+    """Simulated replicas, extproc and the real Envoy under load; then Envoy's own round robin; a table side by side."""
+    from extproc.demo import DemoError, run_demo
+
+    try:
+        asyncio.run(run_demo(path, output))
+    except (DemoError, ConfigError) as e:
+        raise click.ClickException(str(e)) from None
+
+
+@main.command()
+@click.option("--config", "path", type=click.Path(path_type=Path), help="Fleet; deploy/demo.yaml when not given.")
+def run(path: Path | None) -> None:
+    """The demo's fleet, extproc and Envoy, left running until Ctrl-C."""
+    from extproc.demo import DemoError, run_stack
+
+    try:
+        asyncio.run(run_stack(path))
+    except (DemoError, ConfigError) as e:
+        raise click.ClickException(str(e)) from None

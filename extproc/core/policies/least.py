@@ -1,0 +1,121 @@
+"""Policies that take the least of one measure.
+
+A measure that is not known is not zero: such a replica stands behind every one whose measure is known, and those without
+are ordered by our own requests in flight there, so that a fleet without samples is still balanced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+from extproc.core.fleet import Member
+from extproc.core.policies.base import Ranking, Stateless, Terms, order, register
+from extproc.core.prediction import Ask
+
+_UNKNOWN = 1e12
+"""Above every measure; in-flight requests are added."""
+
+
+class _Least(Stateless):
+    """Order by `measure`, unknown last."""
+
+    __slots__ = ()
+    measured = ""
+
+    def measure(self, member: Member, now: float) -> float | None:
+        raise NotImplementedError
+
+    def rank(self, ask: Ask, members: Sequence[Member], now: float, rng: Random) -> Ranking:
+        def score(member: Member) -> float:
+            value = self.measure(member, now)
+            return _UNKNOWN + len(member.load) if value is None else value
+
+        ranked = order(ask, members, score, rng)
+        return Ranking(ranked, "least" if ranked[0][0] < _UNKNOWN else "unknown")
+
+    def terms(self, ask: Ask, member: Member, now: float) -> Terms:
+        return {self.measured: self.measure(member, now), "in_flight": float(len(member.load))}
+
+
+@register
+@dataclass(slots=True)
+class LeastRequest(_Least):
+    """Fewest requests in flight, by our own ledger."""
+
+    name = "least_request"
+    measured = "in_flight"
+
+    def measure(self, member: Member, now: float) -> float | None:
+        return float(len(member.load))
+
+
+@register
+@dataclass(slots=True)
+class LeastQueue(_Least):
+    """Shortest queue in the engine (`vllm:num_requests_waiting`), with what was sent there since that sample."""
+
+    name = "least_queue"
+    measured = "waiting"
+
+    def measure(self, member: Member, now: float) -> float | None:
+        queued = member.queued(now)
+        # Without the second term every arrival between two samples would go to the same replica.
+        return None if queued is None else queued + 1e-3 * len(member.load)
+
+
+@register
+@dataclass(slots=True)
+class LeastKv(_Least):
+    """Least KV cache in use, with the prompts sent there since the sample."""
+
+    name = "least_kv"
+    measured = "kv_usage"
+
+    def measure(self, member: Member, now: float) -> float | None:
+        sample = member.fresh(now)
+        if sample is None or sample.kv_usage is None:
+            return None
+        capacity = sample.kv_capacity_tokens
+        return max(sample.kv_usage, member.load.held_tokens / capacity) if capacity else sample.kv_usage
+
+
+@register
+@dataclass(slots=True)
+class LeastLatency(_Least):
+    """Lowest moving average of response times (peak EWMA: times the requests in flight), for mixed GPU types."""
+
+    name = "least_latency"
+    measured = "latency_s"
+
+    def measure(self, member: Member, now: float) -> float | None:
+        return None if member.latency_s is None else member.latency_s * (len(member.load) + 1)
+
+    def rank(self, ask: Ask, members: Sequence[Member], now: float, rng: Random) -> Ranking:
+        """A replica that has answered nothing yet goes first while it is idle: it would never be measured otherwise."""
+        untried = [m for m in members if m.latency_s is None and not len(m.load)]
+        if not untried:
+            return _Least.rank(self, ask, members, now, rng)
+        rest = [m for m in members if m not in untried]
+        ranked = order(ask, untried, lambda m: 0.0, rng)
+        return Ranking(ranked + (_Least.rank(self, ask, rest, now, rng).order if rest else []), "untried")
+
+
+@register
+@dataclass(slots=True)
+class PowerOfTwo(Stateless):
+    """The less loaded of two drawn at random (Mitzenmacher, 2001)."""
+
+    name = "power_of_two"
+
+    def rank(self, ask: Ask, members: Sequence[Member], now: float, rng: Random) -> Ranking:
+        drawn = rng.sample(list(members), min(2, len(members)))
+        rest = [m for m in members if m not in drawn]
+        ranked = order(ask, drawn, lambda m: float(len(m.load)), rng)
+        if rest:
+            ranked += order(ask, rest, lambda m: float(len(m.load)), rng)
+        return Ranking(ranked, "two")
+
+    def terms(self, ask: Ask, member: Member, now: float) -> Terms:
+        return {"in_flight": float(len(member.load))}

@@ -1,0 +1,114 @@
+"""What a request will see on one replica, and what it costs those already there: the one place where seconds are added up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from extproc.core.fleet import Member
+from extproc.core.speed import CHUNK_TOKENS
+from extproc.core.types import Prediction, Request
+
+
+@dataclass(slots=True)
+class Ask:
+    """A request with the estimates that policies need."""
+
+    request: Request
+    prompt_tokens: int
+    output_tokens: float
+    """Expected of one generation."""
+    hit_tokens: dict[str, float]
+    """Replica -> tokens of the prompt's head that the index believes cached there."""
+    predicted: dict[str, Prediction] = field(default_factory=dict)
+    """Predictions made for this request so far; nothing changes between ranking and reservation."""
+
+    @property
+    def tie_key(self) -> int | None:
+        """Same for requests that share their head: ties go by it, so that routers that do not talk still agree."""
+        hashes = self.request.blocks.hashes
+        return hashes[min(3, len(hashes) - 1)] if hashes else None
+
+    def cached_tokens(self, member: Member) -> int:
+        """Expected hit on that replica; the engine always computes the last token itself."""
+        hit = self.hit_tokens.get(member.replica.address)
+        return min(int(hit * member.hit_trust), self.prompt_tokens - 1) if hit else 0
+
+
+def work_s(ask: Ask, member: Member, cached_tokens: int, now: float) -> float:
+    """The prior's seconds for this prompt's own prefill on that replica."""
+    sequences, kv_tokens = company(member, now)
+    return member.speed.work_s(max(ask.prompt_tokens - cached_tokens, 1), cached_tokens, sequences, kv_tokens)
+
+
+def company(member: Member, now: float) -> tuple[float, float]:
+    """Sequences that generate there, and the KV tokens that they hold: ours, and the strangers' at the same mean."""
+    load = member.load
+    ours = len(load)
+    decoding = float(load.decoding(now))
+    held = load.held_tokens * decoding / ours if ours else 0.0
+    if member.strangers:
+        mean = load.held_tokens / ours if ours else 1024.0
+        decoding += member.strangers
+        held += member.strangers * mean
+    return decoding, held
+
+
+def capacity_wait_s(ask: Ask, member: Member, now: float) -> float:
+    """Seconds until the replica has room for one more, where KV blocks or slots, not prefill, hold requests back.
+
+    By Little's law a place frees every `turnover / running` seconds. What waits beyond the prefill queue waits for places.
+    """
+    sample = member.fresh(now)
+    turnover_s = member.turnover_s
+    if sample is None or turnover_s is None:
+        return 0.0
+    wait = 0.0
+    waiting = member.queued(now)
+    if waiting and sample.waiting and sample.running:
+        wait = waiting * turnover_s / sample.running
+    capacity = sample.kv_capacity_tokens
+    held = member.load.held_tokens
+    if capacity and held:
+        missing = held + ask.prompt_tokens - capacity
+        if missing > 0:
+            wait = max(wait, missing * turnover_s / held)
+    return wait
+
+
+def predict(ask: Ask, member: Member, now: float) -> Prediction:
+    """The latency that the request would see on that replica, and the delay that it would add to those there.
+
+    Queued prefill counts in full: of all terms its absence costs most (rules with and without it, on the Mooncake
+    conversation trace, differ by 23 to 49 % of mean TTFT). Decode enters by the number of sequences: each stands still
+    while this prompt is prefilled, and each of its steps gets longer by one more sequence.
+    """
+    address = member.replica.address
+    if (known := ask.predicted.get(address)) is not None:
+        return known
+    prediction = ask.predicted[address] = _predict(ask, member, now)
+    return prediction
+
+
+def _predict(ask: Ask, member: Member, now: float) -> Prediction:
+    speed, load = member.speed, member.load
+    cached = ask.cached_tokens(member)
+    uncached = max(ask.prompt_tokens - cached, 1)
+    sequences, kv_tokens = company(member, now)
+    queue_s = max(load.backlog_s(now), capacity_wait_s(ask, member, now))
+    prefill_s = speed.prefill_s(speed.work_s(uncached, cached, sequences, kv_tokens))
+    steps = max(ask.output_tokens - 1.0, 0.0)
+    step_s = speed.step_s(sequences + ask.request.samples, kv_tokens + ask.prompt_tokens)
+    delay_s = 0.0
+    if sequences:
+        before_s = speed.step_s(sequences, kv_tokens)
+        chunks = -(-uncached // CHUNK_TOKENS)
+        remaining = 0.5 * load.output_tokens / len(load) if len(load) else steps
+        stalled = max(prefill_s - chunks * before_s, 0.0)
+        delay_s = sequences * (stalled + (step_s - before_s) * min(steps, remaining))
+    return Prediction(
+        cached_tokens=cached,
+        queue_s=queue_s + speed.base_s,
+        prefill_s=prefill_s,
+        decode_s=steps * step_s,
+        delay_s=delay_s,
+    )

@@ -1,0 +1,407 @@
+"""The facade of the core: requests and facts come in here, verdicts go out. Wiring only; the parts do the work.
+
+One object decides in production, in the simulator and in the benchmarks. It is driven from one thread, and every call returns
+at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import Final
+
+from extproc.core.fleet import Fleet, Member
+from extproc.core.flights import Flight, Ledger
+from extproc.core.observers import Ended, Observer, Quiet
+from extproc.core.policies import Policy, create
+from extproc.core.prediction import Ask, company, predict, work_s
+from extproc.core.prefix.index import PrefixIndex
+from extproc.core.tokens import OutputTokens, PromptTokens, ResponseBytes
+from extproc.core.types import (
+    Add,
+    Change,
+    Decision,
+    End,
+    Fact,
+    NotSampled,
+    Outcome,
+    Prediction,
+    Progressed,
+    Refusal,
+    Reject,
+    Remove,
+    Request,
+    Reset,
+    Route,
+    Sampled,
+    Scored,
+    Serves,
+    Usage,
+    Verdict,
+)
+
+ENDPOINTS: Final = 3
+"""Length of the list given to Envoy: the best and two alternates for its retries."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSettings:
+    """What the core needs to know of a pool's configuration."""
+
+    name: str
+    models: tuple[str, ...] = ()
+    policy: str = "predicted"
+    policy_options: Mapping[str, float | int | str | bool] = field(default_factory=dict)
+    scraped: bool = True
+    """Whether samples are to be expected; without, members count as ready at once."""
+    stale_after_s: float = 10.0
+
+
+class Pool:
+    """Replicas that serve the same models, and what was learned of requests for them."""
+
+    def __init__(self, settings: PoolSettings) -> None:
+        self.settings = settings
+        self.policy: Policy = create(settings.policy, settings.policy_options)
+        self.fleet = Fleet(settings.scraped, settings.stale_after_s)
+        self.index = PrefixIndex()
+        self.prompt_tokens = PromptTokens()
+        self.output_tokens = OutputTokens()
+        self.response_bytes = ResponseBytes()
+
+    def __repr__(self) -> str:
+        return f"<pool {self.settings.name} {self.settings.policy} {len(self.fleet)} replicas>"
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Configured names first, then what replicas list, LoRA adapters included."""
+        served = (name for member in self.fleet.members for name in member.models)
+        return tuple(dict.fromkeys((*self.settings.models, *served)))
+
+    def serves(self, model: str) -> bool:
+        """Whether the pool has the model; True for any while neither configuration nor replicas have named one."""
+        if model in self.settings.models:
+            return True
+        members = self.fleet.members
+        if any(model in member.models for member in members):
+            return True
+        return not self.settings.models and not any(member.models for member in members)
+
+    def ask(self, request: Request) -> Ask:
+        """Estimate what the request is in tokens, and where its prefix lies."""
+        tokens = request.prompt_tokens
+        if tokens is None:
+            tokens = self.prompt_tokens.estimate(request.model, request.prompt_bytes or 0)
+        output = self.output_tokens.estimate(request.model, request.api, request.tenant, request.max_output_tokens)
+        per_byte = tokens / request.prompt_bytes if request.prompt_bytes else 0.0
+        hits = {a: n * per_byte for a, n in self.index.match(request.blocks).items()} if request.blocks.hashes else {}
+        return Ask(request, max(tokens, 1), output, hits)
+
+
+class Router:
+    """Requests to replicas. `now` is seconds on any one monotonic scale."""
+
+    def __init__(
+        self,
+        pools: Sequence[PoolSettings],
+        rng: Random,
+        observer: Observer | None = None,
+        flight_ttl_s: float = 120.0,
+    ) -> None:
+        """`rng` breaks ties and draws for the policies that draw; its first bits name this process in flight ids."""
+        self._pools = {settings.name: Pool(settings) for settings in pools}
+        self._first = next(iter(self._pools.values()))
+        self._rng = rng
+        self._observer = observer or Quiet()
+        self._ttl_s = flight_ttl_s
+        self._ledger = Ledger()
+        self._boot = f"{rng.getrandbits(32):08x}"
+        self._count = 0
+
+    def __repr__(self) -> str:
+        return f"<router {list(self._pools.values())} {self._ledger!r}>"
+
+    @property
+    def pools(self) -> Mapping[str, Pool]:
+        return self._pools
+
+    @property
+    def in_flight(self) -> int:
+        """Open flights."""
+        return len(self._ledger)
+
+    # --- requests -----------------------------------------------------------------------------------------------------
+
+    def arrive(self, request: Request, now: float) -> Verdict:
+        """Choose a replica and reserve it, in one call: the next request already sees this one's load."""
+        pool = self._pool_of(request)
+        if pool is None:
+            reject = Reject(Refusal.UNKNOWN_MODEL, request.model, self._known_models())
+            self._observer.refused(reject, None)
+            return reject
+        members = pool.fleet.candidates(now, request.subset)
+        if not members:
+            empty = Refusal.NO_REPLICAS if request.subset is None or not len(pool.fleet) else Refusal.SUBSET_EMPTY
+            reject = Reject(empty, request.model)
+            self._observer.refused(reject, pool.settings.name)
+            return reject
+        ask = pool.ask(request)
+        ranking = pool.policy.rank(ask, members, now, self._rng)
+        best = ranking.order[0][1]
+        pool.policy.took(ask, best)
+        prediction = predict(ask, best, now)
+        top = ranking.order[:ENDPOINTS]
+        self._count += 1
+        decision = self._decision(
+            f"{self._boot}-{self._count:x}", pool, ask, ranking.reason, top, prediction, now, listed=ENDPOINTS
+        )
+        self._reserve(decision, pool, ask, best, now)
+        self._observer.decided(decision)
+        return Route(decision.flight, decision.endpoints, decision)
+
+    def explain(self, request: Request, now: float) -> Decision | Reject:
+        """The decision that `arrive` would take, with every candidate in it. Reserves nothing and changes nothing."""
+        pool = self._pool_of(request)
+        if pool is None:
+            return Reject(Refusal.UNKNOWN_MODEL, request.model, self._known_models())
+        members = pool.fleet.candidates(now, request.subset)
+        if not members:
+            return Reject(Refusal.NO_REPLICAS if request.subset is None else Refusal.SUBSET_EMPTY, request.model)
+        ask = pool.ask(request)
+        state = self._rng.getstate()
+        ranking = pool.policy.rank(ask, members, now, self._rng)
+        self._rng.setstate(state)
+        prediction = predict(ask, ranking.order[0][1], now)
+        return self._decision("", pool, ask, ranking.reason, ranking.order, prediction, now, listed=len(members))
+
+    def finish(self, flight_id: str, outcome: Outcome, now: float) -> None:
+        """A flight ended. Ids that are not open are counted and change nothing: late, doubled, or another process's."""
+        flight = self._ledger.close(flight_id)
+        if flight is None:
+            self._observer.unknown_flight(outcome)
+            return
+        self._end(flight, outcome, now)
+
+    # --- facts --------------------------------------------------------------------------------------------------------
+
+    def learn(self, fact: Fact, now: float) -> None:
+        """Take in something from outside. Facts on pools, replicas or flights that are not known change nothing."""
+        if isinstance(fact, Progressed):
+            self._progressed(fact, now)
+            return
+        pool = self._pools.get(fact.pool)
+        if pool is None:
+            return
+        if isinstance(fact, Reset | Add | Remove):
+            self._changed(pool, fact, now)
+            return
+        member = pool.fleet.get(fact.address)
+        if member is None:
+            return
+        match fact:
+            case Sampled(sample=sample):
+                if member.sampled(sample, now):
+                    pool.index.clear(member.address)
+                if capacity := sample.kv_capacity_tokens:
+                    per_token = pool.prompt_tokens.bytes_per_token(next(iter(pool.models), None))
+                    pool.index.set_capacity(member.address, capacity * per_token)
+            case NotSampled(why=why):
+                member.not_sampled(why)
+            case Serves(models=models):
+                member.models = models
+
+    def expire(self, now: float) -> int:
+        """Close the flights whose end was never reported. Returns how many."""
+        lost = self._ledger.expired(now)
+        for flight in lost:
+            self._ledger.close(flight.id)
+            self._end(flight, Outcome(End.LOST), now)
+        return len(lost)
+
+    def next_wakeup(self) -> float | None:
+        """When `expire` has something to do next, if nothing else happens."""
+        return self._ledger.next_expiry()
+
+    # --- parts of the above -------------------------------------------------------------------------------------------
+
+    def _pool_of(self, request: Request) -> Pool | None:
+        if request.model is None:
+            return self._first
+        if len(self._pools) == 1:
+            return self._first if self._first.serves(request.model) else None
+        return next((pool for pool in self._pools.values() if pool.serves(request.model)), None)
+
+    def _known_models(self) -> tuple[str, ...]:
+        return tuple(model for pool in self._pools.values() for model in pool.models)
+
+    def _decision(
+        self,
+        flight: str,
+        pool: Pool,
+        ask: Ask,
+        reason: str,
+        order: Sequence[tuple[float, Member]],
+        prediction: Prediction,
+        now: float,
+        listed: int,
+    ) -> Decision:
+        return Decision(
+            at=now,
+            flight=flight,
+            pool=pool.settings.name,
+            model=ask.request.model,
+            api=ask.request.api,
+            policy=pool.policy.name,
+            reason=reason,
+            endpoints=tuple(member.replica.address for _, member in order[:ENDPOINTS]),
+            prompt_tokens=ask.prompt_tokens,
+            output_tokens=ask.output_tokens,
+            prediction=prediction,
+            candidates=tuple(
+                Scored(member.replica.address, score, pool.policy.terms(ask, member, now))
+                for score, member in order[:listed]
+            ),
+        )
+
+    def _reserve(self, decision: Decision, pool: Pool, ask: Ask, member: Member, now: float) -> None:
+        request, prediction = ask.request, decision.prediction
+        own_s = work_s(ask, member, prediction.cached_tokens, now)
+        queue_s = member.load.backlog_s(now) / max(member.speed.prefill_factor, 1e-3)
+        flight = Flight(
+            id=decision.flight,
+            pool=decision.pool,
+            address=member.replica.address,
+            model=request.model,
+            api=request.api,
+            tenant=request.tenant,
+            stream=request.stream,
+            blocks=request.blocks,
+            prompt_bytes=request.prompt_bytes,
+            prompt_tokens=ask.prompt_tokens,
+            output_tokens=ask.output_tokens,
+            samples=request.samples,
+            hit_bytes=self._hit_bytes(ask, member),
+            prediction=prediction,
+            work_s=own_s + queue_s,
+            company=company(member, now),
+            routed_at=now,
+            expires_at=now + self._ttl_s,
+        )
+        self._ledger.open(flight)
+        member.load.open(flight, now)
+        if request.blocks.hashes:
+            pool.index.insert(member.replica.address, request.blocks, flight.id)
+
+    def _hit_bytes(self, ask: Ask, member: Member) -> int:
+        hit = ask.hit_tokens.get(member.replica.address)
+        return round(hit * (ask.request.prompt_bytes or 0) / ask.prompt_tokens) if hit else 0
+
+    def _changed(self, pool: Pool, change: Change, now: float) -> None:
+        for address in pool.fleet.apply(change, now):
+            pool.index.forget(address)
+            self._observer.left(pool.settings.name, address)
+
+    def _progressed(self, fact: Progressed, now: float) -> None:
+        flight = self._ledger.get(fact.flight)
+        if flight is None:
+            return
+        self._ledger.touch(flight, now + self._ttl_s)
+        flight.response_bytes = fact.response_bytes
+        member = self._pools[flight.pool].fleet.get(flight.address)
+        if member is None or flight.first_token_at is not None:
+            return
+        if fact.replica_ttft_s is None:
+            member.load.still_prefilling(flight, now)
+        else:
+            self._first_token(member, flight, fact.replica_ttft_s, now)
+
+    def _first_token(self, member: Member, flight: Flight, replica_ttft_s: float, now: float) -> None:
+        member.load.first_token(flight, min(flight.routed_at + replica_ttft_s, now))
+        if flight.stream and flight.prompt_bytes:
+            member.speed.learn_ttft(flight.work_s, replica_ttft_s)
+
+    def _end(self, flight: Flight, outcome: Outcome, now: float) -> None:
+        """Everything that the end of a flight changes."""
+        pool = self._pools[flight.pool]
+        member = pool.fleet.get(flight.address)
+        moved = outcome.served is not None and outcome.served != flight.address
+        if member is not None:
+            self._leave(member, flight, outcome, moved, now)
+        self._settle_prefix(pool, flight, outcome, moved)
+        self._judge(pool, flight, outcome, moved, now)
+        output_tokens = self._learn_tokens(pool, flight, outcome)
+        if member is not None and not moved and outcome.end is End.OK:
+            self._learn_speed(member, flight, outcome, output_tokens)
+        self._observer.ended(Ended(flight, outcome, moved, output_tokens))
+
+    def _leave(self, member: Member, flight: Flight, outcome: Outcome, moved: bool, now: float) -> None:
+        """Take the flight's load off the replica; a replica that left and came back meanwhile never had it."""
+        if flight.first_token_at is None and outcome.replica_ttft_s is not None and not moved:
+            self._first_token(member, flight, outcome.replica_ttft_s, now)
+        if member.load.has(flight):
+            member.load.close(flight, now)
+
+    def _settle_prefix(self, pool: Pool, flight: Flight, outcome: Outcome, moved: bool) -> None:
+        """Where the prompt's blocks lie now: with whoever computed them."""
+        index, chosen = pool.index, flight.address
+        computed = outcome.end is End.OK or flight.first_token_at is not None or bool(outcome.response_bytes)
+        if moved or not computed or outcome.end is End.CLIENT_ERROR:
+            index.withdraw(chosen, flight.id)
+        else:
+            index.keep(chosen, flight.id)
+        if moved and outcome.end is End.OK and outcome.served and pool.fleet.get(outcome.served):
+            index.insert(outcome.served, flight.blocks)
+
+    def _judge(self, pool: Pool, flight: Flight, outcome: Outcome, moved: bool, now: float) -> None:
+        """Pass over a replica that failed a request until it is heard of again; 4xx is the client's fault, not its."""
+        chosen = pool.fleet.get(flight.address)
+        if chosen is not None and (moved or outcome.end in (End.UNREACHABLE, End.UPSTREAM_ERROR)):
+            chosen.failed(now)
+        served = pool.fleet.get(outcome.served) if outcome.served else None
+        if served is not None and outcome.end is End.OK and outcome.duration_s is not None:
+            served.answered(outcome.duration_s, now)
+
+    def _learn_tokens(self, pool: Pool, flight: Flight, outcome: Outcome) -> int | None:
+        """Correct the estimates by usage. Returns the output tokens, estimated from the response's size if need be."""
+        usage = outcome.usage or Usage()
+        if usage.prompt_tokens is not None and flight.model is not None and flight.prompt_bytes:
+            pool.prompt_tokens.learn(flight.model, flight.prompt_bytes, usage.prompt_tokens)
+        size = outcome.response_bytes
+        if usage.completion_tokens is not None:
+            if size and outcome.end is End.OK:
+                pool.response_bytes.learn(flight.model, flight.api, flight.stream, size, usage.completion_tokens)
+            output: int | None = usage.completion_tokens
+        elif size and outcome.end in (End.OK, End.CLIENT_GONE) and flight.output_tokens:
+            output = pool.response_bytes.tokens(flight.model, flight.api, flight.stream, size)
+        else:
+            output = None
+        if output is not None and outcome.end is End.OK and flight.output_tokens:
+            each = max(round(output / flight.samples), 1)
+            pool.output_tokens.learn(flight.model, flight.api, flight.tenant, each)
+        return output
+
+    def _learn_speed(self, member: Member, flight: Flight, outcome: Outcome, output_tokens: int | None) -> None:
+        usage = outcome.usage
+        if usage and usage.cached_tokens is not None and flight.hit_bytes and flight.prompt_bytes:
+            member.hit(flight.prompt_tokens * flight.hit_bytes / flight.prompt_bytes, usage.cached_tokens)
+        if not flight.stream or not output_tokens or output_tokens < 8 or flight.samples > 1:
+            return
+        if outcome.duration_s is not None and outcome.ttft_s is not None:
+            sequences, kv_tokens = flight.company
+            step_s = (outcome.duration_s - outcome.ttft_s) / (output_tokens - 1)
+            member.speed.learn_step(sequences + 1, kv_tokens + flight.prompt_tokens, step_s)
+
+    # --- inspection ---------------------------------------------------------------------------------------------------
+
+    def members(self) -> Iterable[tuple[str, Member]]:
+        """Every replica with the name of its pool."""
+        for name, pool in self._pools.items():
+            for member in pool.fleet.members:
+                yield name, member
+
+    def check(self) -> None:
+        """Raise AssertionError if the ledger and the loads disagree; for tests and simulations."""
+        self._ledger.check()
+        for pool in self._pools.values():
+            pool.index.check()

@@ -1,0 +1,172 @@
+"""How many tokens a prompt has and how many will be generated: priors, corrected by the usage that engines report."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import OrderedDict
+from typing import Final, Generic, TypeVar
+
+from extproc.core.types import Api
+
+BYTES_PER_TOKEN: Final = 4.0
+"""Prior for text; learned per model from the first usage on. Real tokenizers lie between 3 and 5 for English and code."""
+OUTPUT_TOKENS: Final = 256.0
+"""Prior mean of a generation; the Mooncake and Azure conversation traces have 343 and 211."""
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class Bounded(Generic[K, V]):
+    """A mapping that forgets the least recently used key: names come from clients, so their number has no bound."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._items: OrderedDict[K, V] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def get(self, key: K) -> V | None:
+        if (value := self._items.get(key)) is not None:
+            self._items.move_to_end(key)
+        return value
+
+    def put(self, key: K, value: V) -> V:
+        self._items[key] = value
+        self._items.move_to_end(key)
+        if len(self._items) > self._limit:
+            self._items.popitem(last=False)
+        return value
+
+
+class Ratio:
+    """A ratio of two sums with forgetting, so that large observations count more than small ones."""
+
+    __slots__ = ("_denominator", "_forget", "_numerator")
+
+    def __init__(self, prior: float, weight: float, forget: float = 0.98) -> None:
+        self._numerator = prior * weight
+        self._denominator = weight
+        self._forget = forget
+
+    def learn(self, numerator: float, denominator: float) -> None:
+        self._numerator = self._numerator * self._forget + numerator
+        self._denominator = self._denominator * self._forget + denominator
+
+    @property
+    def value(self) -> float:
+        return self._numerator / self._denominator
+
+
+class PromptTokens:
+    """Prompt bytes to prompt tokens, per model."""
+
+    def __init__(self, models: int = 256) -> None:
+        self._ratios: Bounded[str, Ratio] = Bounded(models)
+
+    def bytes_per_token(self, model: str | None) -> float:
+        ratio = self._ratios.get(model) if model else None
+        return ratio.value if ratio else BYTES_PER_TOKEN
+
+    def estimate(self, model: str | None, prompt_bytes: int) -> int:
+        """Tokens of a prompt of that many canonical bytes, at least one."""
+        return max(1, round(prompt_bytes / self.bytes_per_token(model)))
+
+    def learn(self, model: str, prompt_bytes: int, prompt_tokens: int) -> None:
+        """Correct the model's ratio by one reported usage; ratios that no tokenizer has are left out."""
+        if prompt_tokens < 1 or not 0.25 <= prompt_bytes / prompt_tokens <= 64:
+            return
+        ratio = self._ratios.get(model) or self._ratios.put(model, Ratio(BYTES_PER_TOKEN, weight=100.0))
+        ratio.learn(prompt_bytes, prompt_tokens)
+
+
+_BOUNDS: Final = tuple(round(2 ** (i / 2)) for i in range(1, 36))
+"""Upper ends of the length classes, a factor of sqrt(2) apart: 1, 2, 3, 4, 6, 8, ... 185,364 tokens."""
+
+
+class Lengths:
+    """A distribution of output lengths: counts and sums by class, with forgetting."""
+
+    __slots__ = ("_counts", "_forget", "_sums", "total")
+
+    def __init__(self, forget: float = 0.995) -> None:
+        self._counts = [0.0] * (len(_BOUNDS) + 1)
+        self._sums = [0.0] * (len(_BOUNDS) + 1)
+        self._forget = forget
+        self.total = 0.0
+        """Observations, discounted by age."""
+
+    def learn(self, tokens: int) -> None:
+        forget = self._forget
+        self._counts = [c * forget for c in self._counts]
+        self._sums = [s * forget for s in self._sums]
+        i = bisect_right(_BOUNDS, tokens)
+        self._counts[i] += 1.0
+        self._sums[i] += tokens
+        self.total = self.total * forget + 1.0
+
+    def mean(self, cap: float, beyond: float = 0.0) -> float | None:
+        """Mean of min(length, cap) among the lengths above `beyond` tokens; None where none was seen."""
+        start = bisect_right(_BOUNDS, beyond) if beyond else 0
+        count = total = 0.0
+        for n, s in zip(self._counts[start:], self._sums[start:], strict=True):
+            if n:
+                count += n
+                total += min(s / n, cap) * n
+        return max(total / count, beyond) if count > 1e-3 else None
+
+
+class OutputTokens:
+    """Expected generation length by (model, API, tenant), falling back to (model, API) and then to the prior."""
+
+    def __init__(self, keys: int = 4096) -> None:
+        self._lengths: Bounded[tuple[str | None, ...], Lengths] = Bounded(keys)
+
+    def estimate(self, model: str | None, api: Api, tenant: str | None, cap: int | None, so_far: int = 0) -> float:
+        """Expected length in tokens of one generation of which `so_far` are out, at most `cap`.
+
+        A key with few observations leans on the wider one: n observations weigh n / (n + 8) against it.
+        """
+        if api is Api.EMBEDDINGS or api is Api.OTHER:
+            return 0.0
+        limit = float(cap) if cap is not None else float("inf")
+        expected = min(max(OUTPUT_TOKENS, 1.5 * so_far), limit)
+        for key in ((model, api), (model, api, tenant)) if tenant else ((model, api),):
+            if (lengths := self._lengths.get(key)) and (mean := lengths.mean(limit, so_far)) is not None:
+                expected += (mean - expected) * lengths.total / (lengths.total + 8.0)
+        return expected
+
+    def learn(self, model: str | None, api: Api, tenant: str | None, tokens: int) -> None:
+        for key in ((model, api), (model, api, tenant)) if tenant else ((model, api),):
+            lengths = self._lengths.get(key) or self._lengths.put(key, Lengths())
+            lengths.learn(tokens)
+
+
+_STREAMED_BYTES: Final = 180.0
+"""Prior: a chat chunk of one token from vLLM 0.32, frame included."""
+_WHOLE_BYTES: Final = 5.0
+"""Prior: text of one token and its share of the frame."""
+
+
+class ResponseBytes:
+    """Response bytes to output tokens, where no usage came: per model, streamed (one event a token) or whole."""
+
+    def __init__(self, models: int = 256) -> None:
+        self._ratios: Bounded[tuple[str | None, Api, bool], Ratio] = Bounded(models)
+
+    def tokens(self, model: str | None, api: Api, stream: bool, response_bytes: int) -> int:
+        """Output tokens in a response body of that size."""
+        ratio = self._ratios.get((model, api, stream))
+        return round(response_bytes / (ratio.value if ratio else self._prior(stream)))
+
+    def learn(self, model: str | None, api: Api, stream: bool, response_bytes: int, tokens: int) -> None:
+        if tokens < 1 or response_bytes < tokens:
+            return
+        key = (model, api, stream)
+        ratio = self._ratios.get(key) or self._ratios.put(key, Ratio(self._prior(stream), weight=50.0))
+        ratio.learn(response_bytes, tokens)
+
+    @staticmethod
+    def _prior(stream: bool) -> float:
+        return _STREAMED_BYTES if stream else _WHOLE_BYTES

@@ -1,0 +1,114 @@
+"""The HTTP filters in their order. Requests meet them from first to last, responses from last to first."""
+
+from __future__ import annotations
+
+from importlib import resources
+
+import envoy_data_plane.envoy.config.common.mutation_rules.v3 as mutation
+import envoy_data_plane.envoy.config.core.v3 as core
+import envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 as ext_proc
+import envoy_data_plane.envoy.extensions.filters.http.lua.v3 as lua
+import envoy_data_plane.envoy.extensions.filters.http.router.v3 as router
+import envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 as hcm
+import envoy_data_plane.envoy.extensions.http.early_header_mutation.header_mutation.v3 as early
+import envoy_data_plane.envoy.type.matcher.v3 as matcher
+
+from extproc.config import Config
+from extproc.envoy import names
+from extproc.envoy.rendering import usage
+from extproc.envoy.rendering.messages import exactly, extension, http_filter, seconds, to_extproc
+
+EXT_PROC = "envoy.filters.http.ext_proc"
+STRIP_USAGE = "envoy.filters.http.lua"
+
+SECRET_HEADERS = ("authorization", "proxy-authorization", "cookie", "x-api-key", "api-key")
+"""Not sent to extproc, unless one of them is the configured tenant or session header; and never taken from the replica, which may check them."""
+
+SETTABLE_HEADERS = (names.POOL_HEADER, "x-vllm-priority", "content-length", "content-type", "retry-after")
+"""All that extproc may set. The middle one belongs to a rewritten body: Envoy answers 500 to a length that does not fit. The last two are those of its refusals."""
+
+HOLD_S = 60.0
+"""Longest time for which extproc may hold a request, by asking for a longer timeout; the ordinary one stays short to notice a hang."""
+
+
+def filters(config: Config) -> list[hcm.HttpFilter]:
+    return [
+        http_filter(EXT_PROC, _ext_proc(config)),
+        # Before the usage filters in the list, so after them on the response: they still see the event that goes here.
+        http_filter(STRIP_USAGE, lua.Lua(default_source_code=core.DataSource(inline_string=strip_usage_source()))),
+        *usage.filters(),
+        route(),
+    ]
+
+
+def route() -> hcm.HttpFilter:
+    """The last filter of every list."""
+    return http_filter("envoy.filters.http.router", router.Router())
+
+
+def drop_control_headers() -> core.TypedExtensionConfig:
+    """Before the route is chosen; a filter would come after, and a client could choose its pool by header."""
+    removals = [mutation.HeaderMutation(remove=name) for name in names.CONTROL_HEADERS]
+    return extension("envoy.http.early_header_mutation.header_mutation", early.HeaderMutation(mutations=removals))
+
+
+def headers_for_us(config: Config) -> list[str]:
+    """Request headers that reach extproc and not the replica."""
+    session = config.requests.session_header.lower()
+    ours = {*names.PRIVATE_HEADERS, names.POOL_HEADER, session} - set(SECRET_HEADERS)
+    return sorted(ours)
+
+
+def strip_usage_source() -> str:
+    """The Lua script, with the names of the mark put in."""
+    script = resources.files("extproc.envoy.rendering").joinpath("strip_usage.lua").read_text()
+    return script.replace("@NAMESPACE@", names.NAMESPACE).replace("@KEY@", names.STRIP_USAGE)
+
+
+def _ext_proc(config: Config) -> ext_proc.ExternalProcessor:
+    envoy = config.envoy
+    several = len(config.pools) > 1
+    cache = ext_proc.ExternalProcessorRouteCacheAction
+    return ext_proc.ExternalProcessor(
+        grpc_service=to_extproc(),
+        failure_mode_allow=envoy.fail_open,
+        message_timeout=seconds(envoy.message_timeout_s),
+        max_message_timeout=seconds(max(HOLD_S, envoy.message_timeout_s)),
+        processing_mode=_request_only(),
+        # With several pools the answer names one in a header and asks for the route to be chosen again (clear_route_cache).
+        route_cache_action=cache.DEFAULT if several else cache.RETAIN,
+        mutation_rules=_may_set(SETTABLE_HEADERS),
+        forward_rules=ext_proc.HeaderForwardingRules(disallowed_headers=exactly(_withheld(config))),
+        metadata_options=ext_proc.MetadataOptions(
+            forwarding_namespaces=_namespaces(names.SUBSET_NAMESPACE),
+            receiving_namespaces=_namespaces(names.LB_NAMESPACE, names.NAMESPACE),
+        ),
+    )
+
+
+def _request_only() -> ext_proc.ProcessingMode:
+    """The pick comes with the answer to the body. Without the header message Envoy 1.40 chooses the host before that answer, and ignores the pick."""
+    headers, body = ext_proc.ProcessingModeHeaderSendMode, ext_proc.ProcessingModeBodySendMode
+    return ext_proc.ProcessingMode(
+        request_header_mode=headers.SEND,
+        request_body_mode=body.BUFFERED,
+        request_trailer_mode=headers.SKIP,
+        response_header_mode=headers.SKIP,
+        response_body_mode=body.NONE,
+        response_trailer_mode=headers.SKIP,
+    )
+
+
+def _may_set(headers: tuple[str, ...]) -> mutation.HeaderMutationRules:
+    """`allow_expression` restricts nothing by itself; only with `disallow_all` is it a list of exceptions."""
+    allowed = matcher.RegexMatcher(regex=f"^({'|'.join(headers)})$")
+    return mutation.HeaderMutationRules(disallow_all=True, allow_expression=allowed)
+
+
+def _withheld(config: Config) -> list[str]:
+    read = {config.requests.session_header.lower(), (config.requests.tenant_header or "").lower()}
+    return [name for name in SECRET_HEADERS if name not in read]
+
+
+def _namespaces(*untyped: str) -> ext_proc.MetadataOptionsMetadataNamespaces:
+    return ext_proc.MetadataOptionsMetadataNamespaces(untyped=list(untyped))

@@ -1,0 +1,102 @@
+"""Which cluster a request goes to, and how often it is tried."""
+
+from __future__ import annotations
+
+import envoy_data_plane.envoy.config.core.v3 as core
+import envoy_data_plane.envoy.config.route.v3 as route
+import envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 as ext_proc
+import envoy_data_plane.envoy.extensions.retry.host.previous_hosts.v3 as previous_hosts
+import envoy_data_plane.envoy.type.matcher.v3 as matcher
+from envoy_data_plane.google import protobuf
+
+from extproc.config import Config
+from extproc.envoy import names
+from extproc.envoy.rendering.filters import EXT_PROC, headers_for_us
+from extproc.envoy.rendering.messages import seconds
+
+BODY_HEADROOM = 64 * 1024
+"""Bytes above `requests.max_body_bytes` that Envoy still buffers, so that it is extproc that refuses a body that is a little too long."""
+
+RETRY_ON = "connect-failure,refused-stream,reset-before-request,retriable-status-codes"
+"""Only where no replica has begun: `reset` and `5xx` would run a generation that is half done once more."""
+
+
+def table(config: Config, baseline: bool) -> route.RouteConfiguration:
+    """Paths without extproc first, then the pool that it names, then the first pool: for baseline, fail-open and unread paths."""
+    routes = [] if baseline else [*_past_extproc(config), *_by_pool(config)]
+    first = _action(config.pools[0].name)
+    routes.append(route.Route(name="default", match=route.RouteMatch(prefix="/"), route=first))
+    host = route.VirtualHost(
+        name="all",
+        domains=["*"],
+        routes=routes,
+        request_headers_to_remove=headers_for_us(config),
+        retry_policy=_retries(config.envoy.retries) if config.envoy.retries else None,
+        response_headers_to_add=[_who_answered()] if config.envoy.response_headers else [],
+        # Also what a retry may send again. Above it Envoy answers 413 by itself.
+        request_body_buffer_limit=config.requests.max_body_bytes + BODY_HEADROOM,
+    )
+    return route.RouteConfiguration(name="extproc", virtual_hosts=[host])
+
+
+def _past_extproc(config: Config) -> list[route.Route]:
+    """WebSocket upgrades are allowed only here: with a buffered body ext_proc would wait for the end of one without end."""
+    off = {EXT_PROC: protobuf.Any.pack(ext_proc.ExtProcPerRoute(disabled=True))}
+    return [
+        route.Route(
+            name=f"without extproc: {prefix}",
+            match=route.RouteMatch(prefix=prefix),
+            route=_action(config.pools[0].name, upgrade=True),
+            typed_per_filter_config=off,
+        )
+        for prefix in config.envoy.disabled_paths
+    ]
+
+
+def _by_pool(config: Config) -> list[route.Route]:
+    if len(config.pools) == 1:
+        return []
+    return [
+        route.Route(
+            name=f"pool {pool.name}",
+            match=route.RouteMatch(prefix="/", headers=[_header_is(names.POOL_HEADER, pool.name)]),
+            route=_action(pool.name),
+        )
+        for pool in config.pools
+    ]
+
+
+def _action(pool: str, *, upgrade: bool = False) -> route.RouteAction:
+    return route.RouteAction(
+        cluster=names.cluster_name(pool),
+        timeout=seconds(0),  # a generation may take any time; stream_idle_timeout ends a silent one
+        upgrade_configs=[route.RouteActionUpgradeConfig(upgrade_type="websocket", enabled=True)] if upgrade else [],
+    )
+
+
+def _retries(times: int) -> route.RetryPolicy:
+    """Each retry takes the next endpoint of the pick; when those are used up, one of the fallback policy not tried before."""
+    tried = route.RetryPolicyRetryHostPredicate(
+        name="envoy.retry_host_predicates.previous_hosts",
+        typed_config=protobuf.Any.pack(previous_hosts.PreviousHostsPredicate()),
+    )
+    return route.RetryPolicy(
+        retry_on=RETRY_ON,
+        retriable_status_codes=[503],
+        num_retries=times,
+        # Another host is tried, so there is nothing to wait for; the default of 25 ms would be most of a retry's cost.
+        retry_back_off=route.RetryPolicyRetryBackOff(base_interval=seconds(0.005), max_interval=seconds(0.05)),
+        retry_host_predicate=[tried],
+        host_selection_retry_max_attempts=5,
+    )
+
+
+def _header_is(name: str, value: str) -> route.HeaderMatcher:
+    return route.HeaderMatcher(name=name, string_match=matcher.StringMatcher(exact=value))
+
+
+def _who_answered() -> core.HeaderValueOption:
+    return core.HeaderValueOption(
+        header=core.HeaderValue(key=names.REPLICA_HEADER, value="%UPSTREAM_REMOTE_ADDRESS%"),
+        append_action=core.HeaderValueOptionHeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD,
+    )

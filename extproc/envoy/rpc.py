@@ -1,0 +1,58 @@
+"""The few things used of grpc.aio, which ships no types, with types. Messages are bytes both ways."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Protocol
+
+import grpc as untyped
+
+grpc: Any = untyped
+EOF: Any = grpc.aio.EOF
+NOT_FOUND: Any = grpc.StatusCode.NOT_FOUND
+
+Service = Any  # grpc.GenericRpcHandler
+
+
+class Context(Protocol):
+    """One RPC, as its handler sees it. A cancelled RPC cancels the task of its handler."""
+
+    async def read(self) -> Any:
+        """The next message, or EOF."""
+
+    async def write(self, message: bytes) -> None:
+        """Send one message; returns when gRPC has taken it."""
+
+    async def abort(self, code: Any, details: str) -> None:
+        """End with an error; raises to leave the handler."""
+
+
+def unary(handler: Callable[[bytes, Context], Awaitable[bytes]]) -> Any:
+    """One message in, one out."""
+    return grpc.unary_unary_rpc_method_handler(handler)
+
+
+def server_stream(handler: Callable[[bytes, Context], AsyncIterator[bytes]]) -> Any:
+    """One message in, several out."""
+    return grpc.unary_stream_rpc_method_handler(handler)
+
+
+def client_stream(handler: Callable[[Any, Context], Awaitable[bytes]]) -> Any:
+    """Several messages in, one out."""
+    return grpc.stream_unary_rpc_method_handler(handler)
+
+
+def both_stream(handler: Callable[[Any, Context], Awaitable[None]]) -> Any:
+    """Reads and writes as it likes."""
+    return grpc.stream_stream_rpc_method_handler(handler)
+
+
+def service(name: str, methods: dict[str, Any]) -> Service:
+    """A service by its full name, without generated stubs."""
+    return grpc.method_handlers_generic_handler(name, methods)
+
+
+def server(services: list[Service], max_message_bytes: int) -> Any:
+    """A grpc.aio server. Ports are not shared, so that a second process on one is an error and not half the traffic."""
+    options = [("grpc.max_receive_message_length", max_message_bytes), ("grpc.so_reuseport", 0)]
+    return grpc.aio.server(handlers=services, options=options)

@@ -1,0 +1,186 @@
+"""grpc.aio around the pure parts: reads messages, performs commands, counts. Nothing is decided here.
+
+Whatever comes in, an RPC ends with OK: Envoy then lets the request pass as if we had not been asked, while an error status would turn it
+into a 500 unless the proxy is told to fail open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from extproc.config import Config
+from extproc.envoy import codec, rpc
+from extproc.envoy.access_log import LogCounts, Sink, deliver
+from extproc.envoy.exchange import (
+    DELIVERED,
+    ENDED,
+    Abandon,
+    Close,
+    Commands,
+    Decide,
+    Decided,
+    Exchange,
+    IllegalEvent,
+    Respond,
+    SetDestination,
+)
+from extproc.envoy.health import Health
+from extproc.envoy.intake import Intake
+
+log = logging.getLogger(__name__)
+
+PROCESSOR = "envoy.service.ext_proc.v3.ExternalProcessor"
+ACCESS_LOG = "envoy.service.accesslog.v3.AccessLogService"
+HEADROOM_BYTES = 1 << 20
+"""Above the largest body: the rest of its message, and headers, which proxies limit to 60 KiB by default."""
+COMPLAINT_INTERVAL_S = 10.0
+"""Between log lines about one kind of failure, which may strike every request."""
+
+Clock = Callable[[], float]
+"""Seconds on the router's scale."""
+
+
+@dataclass(slots=True)
+class StreamCounts:
+    """ext_proc streams by what became of them."""
+
+    opened: int = 0
+    steered: int = 0
+    refused: int = 0
+    """Answered by us with an error."""
+    abandoned: int = 0
+    """Decided, but the client had left."""
+    unexpected: int = 0
+    """Ended early because the proxy sent what cannot be read or cannot come; the request passed unrouted."""
+    failed: int = 0
+    """Ended early by a mistake of ours; the request passed unrouted."""
+
+
+class Complaints:
+    """Log lines, at most one of a kind in a while."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._quiet_until: dict[str, float] = {}  # one entry for each kind, of which there are a few
+
+    def about(self, kind: str, detail: object, trace: bool = False) -> None:
+        now = self._clock()
+        if now >= self._quiet_until.get(kind, now):
+            self._quiet_until[kind] = now + COMPLAINT_INTERVAL_S
+            log.warning("%s: %s", kind, detail, exc_info=trace)
+
+
+class Server:
+    """The three gRPC services on one address."""
+
+    def __init__(self, config: Config, intake: Intake, log_sink: Sink, clock: Clock) -> None:
+        self._address = config.listen.grpc
+        self._limit = config.requests.max_body_bytes + HEADROOM_BYTES
+        self._intake = intake
+        self._rules = intake.rules
+        self._wanted = codec.ALWAYS | intake.headers
+        self._sink = log_sink
+        self._clock = clock
+        self._complaints = Complaints(clock)
+        self._logs_open: set[asyncio.Task[Any]] = set()
+        self._server: Any = None
+        self.streams = StreamCounts()
+        self.entries = LogCounts()
+        self.health: Health
+
+    async def start(self) -> str:
+        """Listen; returns the address bound, with the port chosen where 0 was asked for. Raises RuntimeError when it is taken."""
+        self.health = Health()
+        self._server = rpc.server([*self._services(), self.health.service()], self._limit)
+        port = self._server.add_insecure_port(self._address)
+        await self._server.start()
+        if self._address.startswith("unix:"):
+            return self._address
+        return f"{self._address.rpartition(':')[0]}:{port}"
+
+    async def stop(self, grace_s: float) -> None:
+        """Report NOT_SERVING, take no more streams, give those under way `grace_s` seconds, then cut them."""
+        self.health.stop_serving()
+        stopping = asyncio.ensure_future(self._server.stop(grace_s))
+        await asyncio.sleep(0)  # let it refuse newcomers first
+        for task in tuple(self._logs_open):
+            task.cancel()  # these never end by themselves; waiting for them would always take the whole grace
+        await stopping
+
+    def _services(self) -> tuple[rpc.Service, ...]:
+        return (
+            rpc.service(PROCESSOR, {"Process": rpc.both_stream(self._process)}),
+            rpc.service(ACCESS_LOG, {"StreamAccessLogs": rpc.client_stream(self._access_log)}),
+        )
+
+    # --- ext_proc ---
+
+    async def _process(self, _messages: object, context: rpc.Context) -> None:
+        """One RPC. EOF and cancellation are both normal ends: proxies reset streams that they no longer need."""
+        exchange = Exchange(self._rules)
+        self.streams.opened += 1
+        try:
+            while (raw := await context.read()) is not rpc.EOF:
+                if await self._perform(exchange.on(codec.event(raw, self._wanted)), exchange, context):
+                    return
+        except (codec.Unreadable, IllegalEvent) as e:
+            self.streams.unexpected += 1
+            self._complaints.about("the proxy sent what we cannot answer; the request passes unrouted", e)
+        except Exception as e:
+            self.streams.failed += 1
+            self._complaints.about("a stream failed; the request passes unrouted", repr(e), trace=True)
+        finally:
+            self._abandon(exchange.on(ENDED))
+
+    async def _perform(self, commands: Commands, exchange: Exchange, context: rpc.Context) -> bool:
+        """Do as the machine says; whether that was all."""
+        for command in commands:
+            if isinstance(command, Close):
+                return True
+            if isinstance(command, Decide):
+                return await self._perform(self._decided(command, exchange), exchange, context)
+            await context.write(codec.answer(command))
+            if isinstance(command, SetDestination):
+                self.streams.steered += 1
+                exchange.on(DELIVERED)
+            elif isinstance(command, Respond):
+                self.streams.refused += 1
+        return False
+
+    def _decided(self, command: Decide, exchange: Exchange) -> Commands:
+        answer = self._intake.decide(command.head, command.body, self._clock(), command.rewritable)
+        return exchange.on(Decided(answer))
+
+    def _abandon(self, commands: Commands) -> None:
+        for command in commands:
+            if isinstance(command, Abandon):
+                self.streams.abandoned += 1
+                self._intake.abandon(command.flight, self._clock())
+
+    # --- access log ---
+
+    async def _access_log(self, _messages: object, context: rpc.Context) -> bytes:
+        """One long RPC for each worker thread of the proxy. A message that does not parse costs only itself."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._logs_open.add(task)
+        try:
+            while (raw := await context.read()) is not rpc.EOF:
+                self._take(raw)
+        finally:
+            self._logs_open.discard(task)
+        return b""  # StreamAccessLogsResponse
+
+    def _take(self, raw: bytes) -> None:
+        try:
+            deliver(codec.log_entries(raw), self._sink, self.entries, self._clock())
+        except codec.Unreadable as e:
+            self.entries.unreadable += 1
+            self._complaints.about("an access log message is lost", e)
+        except Exception as e:
+            self.entries.failed += 1
+            self._complaints.about("an access log message failed", repr(e), trace=True)

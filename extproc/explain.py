@@ -1,0 +1,36 @@
+"""A decision record as a table for people; the same record that `/debug/explain` gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def table(record: dict[str, Any], console: Console | None = None) -> None:
+    """Print one decision: what the request is, and every candidate in the policy's order with what it looked at."""
+    console = console or Console()
+    predicted = record["predicted"]
+    console.print(
+        f"{record['api']} for [bold]{record['model']}[/] in pool {record['pool']}: "
+        f"{record['prompt_tokens']} prompt tokens, about {record['output_tokens']:.0f} output tokens"
+    )
+    console.print(
+        f"policy [bold]{record['policy']}[/], reason {record['reason']}: {record['endpoints'][0]}, "
+        f"{predicted['cached_tokens']} tokens cached, first token in {predicted['ttft_s'] * 1e3:.0f} ms"
+    )
+    names = list(record["candidates"][0]["terms"])
+    grid = Table("", "replica", "score", *names)
+    for column in grid.columns[2:]:
+        column.justify = "right"
+    for place, candidate in enumerate(record["candidates"], 1):
+        terms = (_shown(candidate["terms"].get(name)) for name in names)
+        grid.add_row(str(place), candidate["replica"], _shown(candidate["score"]), *terms)
+    console.print(grid)
+
+
+def _shown(value: float | None) -> str:
+    if value is None:
+        return "unknown"
+    return f"{value:.0f}" if value == int(value) and abs(value) < 1e9 else f"{value:.4f}"

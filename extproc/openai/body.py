@@ -1,0 +1,77 @@
+"""A request body as bytes: its object, and the one change that is made to it.
+
+Every other byte stays as the client wrote it: to write the body anew would turn large integers into floats and drop
+doubled keys.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import deque
+from typing import Any
+
+import orjson
+
+from extproc.openai.errors import BadRequest
+from extproc.openai.fields import Invalid, invalid, missing
+
+_STREAM_OPTIONS = re.compile(rb'"stream_options"\s*:\s*(null|\{[^{}]*\})')
+
+
+def load(body: bytes) -> dict[str, Any]:
+    """The object that a body holds; of doubled keys the last. Raises Invalid."""
+    try:
+        data = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        data = _load_slowly(body)
+    if not isinstance(data, dict):
+        text = "Input should be a valid dictionary or object to extract fields from"
+        raise invalid("model_attributes_type", "body", text, data)
+    return data
+
+
+def _load_slowly(body: bytes) -> Any:
+    """The standard library's parser, which vLLM uses: it takes NaN, lone surrogates and a byte order mark, and its
+    account of a mistake is the one that clients of vLLM know. UTF-16, which it would take too, is refused (RFC 8259).
+    """
+    if not body:
+        raise missing(None, "body")
+    try:
+        return json.loads(body.decode("utf-8-sig", "surrogatepass"))
+    except json.JSONDecodeError as e:
+        raise invalid("json_invalid", f"body.{e.pos}", "JSON decode error", {}, context=e.msg) from None
+    except (ValueError, RecursionError):
+        raise Invalid(BadRequest("There was an error parsing the body", "Bad Request")) from None
+
+
+def add_usage(body: bytes) -> bytes:
+    """Give the object of a body that lacks it the key `stream_options`; it must not be empty."""
+    end = body.rindex(b"}")  # the object's own: only white space can follow it
+    return body[:end] + b',"stream_options":{"include_usage":true}' + body[end:]
+
+
+def change_usage(body: bytes) -> bytes | None:
+    """Replace the value of the top-level `stream_options`; None where it is spelled so oddly that it is not found.
+
+    The same text may stand in a message or a tool, so each place is tried, last first (the last of doubled keys counts),
+    and the one is taken after which the body reads as it should. Four tries bound the cost.
+    """
+    data = load(body)
+    options = dict(data.get("stream_options") or {}, include_usage=True)
+    if options.get("continuous_usage_stats"):  # without effect until now; with it every chunk would carry usage
+        options["continuous_usage_stats"] = False
+    wanted = {**data, "stream_options": options}
+    value = json.dumps(options, separators=(",", ":")).encode()
+    for match in reversed(deque(_STREAM_OPTIONS.finditer(body), maxlen=4)):
+        changed = body[: match.start(1)] + value + body[match.end(1) :]
+        if _reads_as(changed, wanted):
+            return changed
+    return None
+
+
+def _reads_as(body: bytes, wanted: dict[str, Any]) -> bool:
+    try:
+        return load(body) == wanted
+    except (Invalid, RecursionError):
+        return False

@@ -1,0 +1,108 @@
+"""Errors as an OpenAI client expects them: `{"error": {"message", "type", "param", "code"}}`.
+
+Types, params and texts are those of vLLM 0.32 where it has the case, so that a client cannot tell who refused. Texts
+carry numbers, field names and, bounded, model names: never a piece of a prompt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import orjson
+
+from extproc.core.types import Refusal, Reject
+
+MAX_NAME = 128
+"""Characters of a model name that are repeated to the client."""
+MAX_ALIASES = 20
+"""Model names listed in one error."""
+
+UNAVAILABLE = "Service Unavailable"
+
+
+@dataclass(frozen=True, slots=True)
+class BadRequest:
+    """A request that no replica would accept."""
+
+    message: str
+    type: str = "BadRequestError"
+    param: str | None = None
+    status: int = 400
+
+
+@dataclass(frozen=True, slots=True)
+class HttpError:
+    """A complete response, ready to be sent instead of routing."""
+
+    status: int
+    body: bytes
+    headers: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """How one refusal looks to the client."""
+
+    status: int
+    type: str
+    message: Callable[[Reject], str]
+    param: str | None = None
+
+
+def _unknown_model(reject: Reject) -> str:
+    missing = f"The model `{printable(reject.model or '')}` does not exist."
+    if not reject.known_models:
+        return missing
+    names = ", ".join(printable(name) for name in reject.known_models[:MAX_ALIASES])
+    more = len(reject.known_models) - MAX_ALIASES
+    return f"{missing} Valid aliases: {names}{f' and {more} more' if more > 0 else ''}."
+
+
+ANSWERS: Mapping[Refusal, _Answer] = {
+    Refusal.UNKNOWN_MODEL: _Answer(404, "NotFoundError", _unknown_model, "model"),
+    Refusal.NO_REPLICAS: _Answer(
+        503, UNAVAILABLE, lambda _: "No replica is available to serve this request. Please try again later."
+    ),
+    Refusal.SUBSET_EMPTY: _Answer(
+        503,
+        UNAVAILABLE,
+        lambda _: "None of the endpoints allowed for this request is available. Please try again later.",
+    ),
+}
+"""The one place where a refusal gets its status: 429 for contention, which the client can outwait, 503 for absence."""
+
+
+def of_bad_request(bad: BadRequest) -> HttpError:
+    """The response for a request that could not be read."""
+    return _error(bad.status, bad.message, bad.type, bad.param)
+
+
+def of_refusal(reject: Reject, retry_after_s: float = 1.0) -> HttpError:
+    """The response for a request that the core does not route.
+
+    `retry_after_s` goes into Retry-After of 429 and 503, rounded up to whole seconds (RFC 9110, 10.2.3), at least one:
+    zero would invite every client back at once.
+    """
+    answer = ANSWERS[reject.refusal]
+    headers = (("retry-after", str(max(1, math.ceil(retry_after_s)))),) if answer.status in (429, 503) else ()
+    return _error(answer.status, answer.message(reject), answer.type, answer.param, headers)
+
+
+def too_large(limit_bytes: int) -> HttpError:
+    """The response for a body above the limit."""
+    return _error(413, f"The request body is larger than {limit_bytes} bytes.", "Request Entity Too Large", None)
+
+
+def printable(name: str) -> str:
+    """A name that a client sent, safe to repeat: bounded, and nothing that breaks a log line or the quotes around it."""
+    shown = "".join(c if c.isprintable() and c != "`" else "?" for c in name[:MAX_NAME])
+    return shown if len(name) <= MAX_NAME else shown + "..."
+
+
+def _error(
+    status: int, message: str, kind: str, param: str | None, headers: tuple[tuple[str, str], ...] = ()
+) -> HttpError:
+    body = orjson.dumps({"error": {"message": message, "type": kind, "param": param, "code": status}})
+    return HttpError(status, body, (("content-type", "application/json"), *headers))

@@ -1,0 +1,429 @@
+"""A replica like vLLM V1, step by step: which sequences share a step, how long it takes, which tokens come out.
+
+Pure, and without any notion of the present: `start_step` says how long the step runs. A step shares a budget of tokens:
+ 1. each decoding sequence gets one token; where a block is missing, the sequence admitted last is preempted and will be
+    computed again from its prompt;
+ 2. the prefill that the previous step left unfinished goes on; there is at most one, for a chunk is cut only where it
+    exhausts the budget;
+ 3. unless something was preempted, waiting requests are admitted first come, first served, each with its cached prefix
+    and a first chunk, while budget, slots and blocks last.
+
+A step costs the same however many sequences decode: they advance together, so a sequence that starts to decode is filed
+at once under the step that ends it and under the steps that need a new block for it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, StrEnum
+from typing import NamedTuple, TypeAlias
+
+from extproc.core.steptime import StepTime
+from extproc.sim.blocks import BlockPool
+
+RequestId: TypeAlias = Hashable
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What one replica is."""
+
+    step_time: StepTime
+    num_blocks: int = 25_000
+    """KV blocks; 400,000 tokens is about what 80 GB leave to an 8B model in bf16."""
+    block_size: int = 16
+    """Tokens."""
+    max_num_batched_tokens: int = 8192
+    max_num_seqs: int = 256
+    max_model_len: int = 131_072
+    """Tokens of prompt and output together."""
+    prefix_caching: bool = True
+    cpu_overhead_s: float = 0.002
+    """Scheduling, sampling and detokenization in each step, beside the GPU: 1 to 3 ms in vLLM V1."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.max_num_seqs <= self.max_num_batched_tokens:
+            raise ValueError("max_num_batched_tokens must be at least max_num_seqs, or a full batch could not decode")
+        if self.num_blocks < 1 or self.block_size < 1:
+            raise ValueError("num_blocks and block_size must be positive")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One sequence to generate; its length is decided beforehand."""
+
+    id: RequestId
+    prompt_tokens: int
+    output_tokens: int
+    hashes: Sequence[int] = ()
+    """Chained hashes of the full blocks of the prompt, and where known of prompt and output; blocks beyond are never shared."""
+
+
+class Refusal(StrEnum):
+    """Why the engine would never run a request."""
+
+    EMPTY = "empty"  # no prompt or no output
+    TOO_LONG = "too_long"  # beyond max_model_len, or beyond the whole KV cache
+    DUPLICATE = "duplicate"  # the id is still in use
+
+
+class Token(NamedTuple):
+    """One generated token."""
+
+    id: RequestId
+    index: int
+    """0 for the first."""
+    first: bool
+    finished: bool
+    cached_tokens: int
+    """Prompt tokens that were in the prefix cache on admission."""
+
+
+class _State(Enum):
+    WAITING = 0
+    PREFILL = 1
+    DECODE = 2
+    GONE = 3
+
+
+class _Sequence:
+    """A request under way."""
+
+    __slots__ = ("blocks", "cached", "computed", "emitted", "hashes", "offset", "registered", "request", "state")
+
+    def __init__(self, request: EngineRequest, hashes: Sequence[int]) -> None:
+        self.request = request
+        self.hashes = hashes
+        self.state = _State.WAITING
+        self.computed = 0
+        """Tokens in the KV cache, except while decoding: then `offset` plus the engine's step count."""
+        self.emitted = 0
+        """Output tokens, kept up to date except while decoding."""
+        self.offset = 0
+        self.blocks = 0
+        """Blocks in use; the first `registered` are in the pool under their hash."""
+        self.registered = 0
+        self.cached: int | None = None
+        """Prefix hit of the first admission, tokens; None before."""
+
+    @property
+    def target(self) -> int:
+        """Tokens to compute before the next one can be sampled: after a preemption the output so far is prefilled too."""
+        return self.request.prompt_tokens + self.emitted
+
+
+@dataclass(slots=True)
+class Step:
+    """What runs now, for `duration_s`."""
+
+    duration_s: float
+    decodes: int
+    chunks: list[tuple[int, int]]
+    """Prefill: (new tokens, context before them)."""
+    prefills: list[_Sequence]
+    """Whose they are."""
+
+    @property
+    def new_tokens(self) -> int:
+        return self.decodes + sum(q for q, _ in self.chunks)
+
+
+@dataclass(slots=True)
+class Emitted:
+    """The tokens of one step; iterating gives all of them, and must come before the next step starts."""
+
+    edges: list[Token]
+    """Each first and each last token of a sequence."""
+    inner: list[_Sequence]
+    """Sequences that emitted any other token, not unfolded: whoever only counts need not look at them."""
+    steps: int
+
+    def __iter__(self) -> Iterator[Token]:
+        yield from self.edges
+        for seq in self.inner:
+            index = self.steps + seq.offset - seq.request.prompt_tokens
+            yield Token(seq.request.id, index, False, False, seq.cached or 0)
+
+    def __len__(self) -> int:
+        return len(self.edges) + len(self.inner)
+
+
+@dataclass(slots=True)
+class Counters:
+    """Since the start, as the metrics page shows them."""
+
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    prefix_queries: int = 0
+    """Prompt tokens looked up, once for each request."""
+    prefix_hits: int = 0
+    preemptions: int = 0
+    finished: int = 0
+    aborted: int = 0
+    steps: int = 0
+
+
+@dataclass(slots=True)
+class _Decoding:
+    """Sequences that get one token in each step, filed under what a later step must do for them."""
+
+    block_size: int
+    sequences: dict[RequestId, _Sequence] = field(default_factory=dict)
+    growing: list[dict[RequestId, _Sequence]] = field(init=False)
+    """By step count modulo block size: who needs a new block in that step."""
+    ending: dict[int, dict[RequestId, _Sequence]] = field(default_factory=dict)
+    """By step count: whose last token comes out of that step."""
+    kv_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.growing = [{} for _ in range(self.block_size)]
+
+    def enter(self, seq: _Sequence, steps: int) -> None:
+        """From the step after `steps` on."""
+        seq.state = _State.DECODE
+        seq.offset = seq.computed - steps
+        request = seq.request
+        self.sequences[request.id] = seq
+        self.growing[-seq.offset % self.block_size][request.id] = seq
+        last = steps + request.output_tokens - seq.emitted
+        self.ending.setdefault(last, {})[request.id] = seq
+        self.kv_tokens += seq.computed
+
+    def leave(self, seq: _Sequence, steps: int) -> None:
+        """After `steps`; brings the sequence's own counts up to date."""
+        request = seq.request
+        seq.computed = steps + seq.offset
+        seq.emitted = seq.computed - request.prompt_tokens + 1
+        del self.sequences[request.id]
+        del self.growing[-seq.offset % self.block_size][request.id]
+        last = steps + request.output_tokens - seq.emitted
+        del self.ending[last][request.id]
+        if not self.ending[last]:
+            del self.ending[last]
+        self.kv_tokens -= seq.computed
+
+
+class Engine:
+    """One replica. Call `start_step`, let its duration pass, `finish_step`, and so on; `add` and `abort` at any time."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.pool = BlockPool(config.num_blocks)
+        self.counters = Counters()
+        self._sequences: dict[RequestId, _Sequence] = {}
+        self._waiting: OrderedDict[RequestId, _Sequence] = OrderedDict()
+        self._running: dict[RequestId, _Sequence] = {}
+        """In order of admission."""
+        self._decoding = _Decoding(config.block_size)
+        self._partial: _Sequence | None = None
+        self._stuck: tuple[RequestId, int] | None = None
+        """Head of the queue that found no room, and the free blocks then: looking again before there are more is in vain."""
+
+    def __repr__(self) -> str:
+        return f"<engine {self.running} running, {self.waiting} waiting, {self.kv_usage:.0%} kv>"
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of blocks that sequences use; cached blocks without a user do not count."""
+        return self.pool.used / self.pool.num_blocks
+
+    # --- in and out ---------------------------------------------------------------------------------------------------
+
+    def add(self, request: EngineRequest) -> Refusal | None:
+        """Queue a request; None when accepted."""
+        if refusal := self._refusal(request):
+            return refusal
+        hashes = request.hashes if self.config.prefix_caching else ()
+        seq = _Sequence(request, hashes)
+        self._sequences[request.id] = self._waiting[request.id] = seq
+        return None
+
+    def _refusal(self, request: EngineRequest) -> Refusal | None:
+        if request.prompt_tokens < 1 or request.output_tokens < 1:
+            return Refusal.EMPTY
+        tokens = request.prompt_tokens + request.output_tokens
+        if tokens > min(self.config.max_model_len, self.config.num_blocks * self.config.block_size):
+            return Refusal.TOO_LONG
+        return Refusal.DUPLICATE if request.id in self._sequences else None
+
+    def abort(self, request_id: RequestId) -> bool:
+        """Forget a request at once, also in the middle of a step; False when it is not there (any more)."""
+        seq = self._sequences.get(request_id)
+        if seq is None:
+            return False
+        if seq.state is _State.WAITING:
+            del self._waiting[request_id]
+        else:
+            self._stop(seq)
+        self._forget(seq)
+        self.counters.aborted += 1
+        return True
+
+    def _forget(self, seq: _Sequence) -> None:
+        seq.state = _State.GONE
+        del self._sequences[seq.request.id]
+
+    # --- decide -------------------------------------------------------------------------------------------------------
+
+    def start_step(self) -> Step | None:
+        """What runs next; None when there is nothing to do. No other step may be under way."""
+        preempted = self._grow()
+        step = Step(0.0, len(self._decoding.sequences), [], [])
+        budget = self.config.max_num_batched_tokens - step.decodes
+        if self._partial:
+            budget -= self._continue(self._partial, budget, step)
+        if not preempted:
+            self._admit(budget, step)
+        if not step.decodes and not step.chunks:
+            return None
+        sequences = step.decodes + len(step.chunks)
+        kv_tokens = self._decoding.kv_tokens + step.decodes
+        gpu_s = self.config.step_time.step_s(step.new_tokens, step.chunks, kv_tokens, sequences)
+        step.duration_s = self.config.cpu_overhead_s + gpu_s
+        return step
+
+    def _grow(self) -> bool:
+        """A new block for each decoding sequence whose last one is full; True when some were preempted for it."""
+        steps, preempted = self.counters.steps, False
+        for seq in list(self._decoding.growing[steps % self.config.block_size].values()):
+            while seq.state is _State.DECODE and not self.pool.free:
+                self._preempt(next(reversed(self._running.values())))
+                preempted = True
+            if seq.state is _State.DECODE:
+                self.pool.take(1)
+                seq.blocks += 1
+                self._register(seq, steps + seq.offset)
+        return preempted
+
+    def _continue(self, seq: _Sequence, budget: int, step: Step) -> int:
+        """The next chunk of the unfinished prefill, as far as there are blocks; its tokens."""
+        size = self.config.block_size
+        room = (seq.blocks + self.pool.free) * size - seq.computed
+        # No preemption for a prefill: it was admitted last, so it could only evict itself.
+        return self._chunk(seq, min(seq.target - seq.computed, budget, room), step)
+
+    def _admit(self, budget: int, step: Step) -> None:
+        while self._waiting and budget and len(self._running) < self.config.max_num_seqs:
+            seq = next(iter(self._waiting.values()))
+            if self._stuck and self._stuck[0] == seq.request.id and self.pool.free <= self._stuck[1]:
+                return
+            if not (used := self._start(seq, budget, step)):
+                self._stuck = (seq.request.id, self.pool.free)
+                return
+            self._stuck = None
+            budget -= used
+
+    def _start(self, seq: _Sequence, budget: int, step: Step) -> int:
+        """Admit a waiting sequence; tokens of its first chunk, 0 when there is no room for that."""
+        size = self.config.block_size
+        # The last token is computed in any case: without it there is nothing to sample from.
+        hits = self.pool.leading(seq.hashes, (seq.target - 1) // size)
+        tokens = min(seq.target - hits * size, budget)
+        new = -(-(hits * size + tokens) // size) - hits
+        if not self.pool.can_take(seq.hashes, hits, new):
+            return 0
+        self.pool.share(seq.hashes, hits)
+        seq.blocks = seq.registered = hits
+        seq.computed = hits * size
+        del self._waiting[seq.request.id]
+        self._running[seq.request.id] = seq
+        self._note_hit(seq)
+        return self._chunk(seq, tokens, step)
+
+    def _note_hit(self, seq: _Sequence) -> None:
+        if seq.cached is None:
+            seq.cached = seq.computed
+            self.counters.prefix_queries += seq.request.prompt_tokens
+            self.counters.prefix_hits += seq.cached
+
+    def _chunk(self, seq: _Sequence, tokens: int, step: Step) -> int:
+        """Take blocks for `tokens` more tokens of a prefill and put them into the step."""
+        if not tokens:
+            return 0
+        step.chunks.append((tokens, seq.computed))
+        step.prefills.append(seq)
+        seq.computed += tokens
+        new = -(-seq.computed // self.config.block_size) - seq.blocks
+        self.pool.take(new)
+        seq.blocks += new
+        # Shared from now on, not from the end of the step: whoever is scheduled later finds them computed.
+        self._register(seq, seq.computed)
+        seq.state = _State.PREFILL
+        self._partial = seq if seq.computed < seq.target else None
+        return tokens
+
+    # --- account ------------------------------------------------------------------------------------------------------
+
+    def finish_step(self, step: Step) -> Emitted:
+        """The step is over: the tokens that came out of it."""
+        self.counters.steps += 1
+        decoding, edges = self._decoding, []
+        decoding.kv_tokens += len(decoding.sequences)
+        for seq in list(decoding.ending.get(self.counters.steps, {}).values()):
+            self._stop(seq)
+            edges.append(self._end(seq))
+        inner = list(decoding.sequences.values())
+        for seq in step.prefills:
+            if seq.state is _State.PREFILL and seq.computed == seq.target:
+                self._sampled(seq, edges, inner)
+        emitted = Emitted(edges, inner, self.counters.steps)
+        self.counters.generated_tokens += len(emitted)
+        return emitted
+
+    def _sampled(self, seq: _Sequence, edges: list[Token], inner: list[_Sequence]) -> None:
+        """A prefill is complete and has given a token: the first, or the next after a preemption."""
+        seq.emitted += 1
+        request, first = seq.request, seq.emitted == 1
+        if first:
+            self.counters.prompt_tokens += request.prompt_tokens
+        if seq.emitted == request.output_tokens:
+            self._stop(seq)
+            edges.append(self._end(seq))
+            return
+        self._decoding.enter(seq, self.counters.steps)
+        if first:
+            edges.append(Token(request.id, 0, True, False, seq.cached or 0))
+        else:
+            inner.append(seq)
+
+    def _end(self, seq: _Sequence) -> Token:
+        self._forget(seq)
+        self.counters.finished += 1
+        request = seq.request
+        return Token(request.id, request.output_tokens - 1, request.output_tokens == 1, True, seq.cached or 0)
+
+    def _preempt(self, seq: _Sequence) -> None:
+        self._stop(seq)
+        seq.state = _State.WAITING
+        seq.computed = 0
+        self._waiting[seq.request.id] = seq
+        self._waiting.move_to_end(seq.request.id, last=False)
+        self._stuck = None
+        self.counters.preemptions += 1
+
+    def _stop(self, seq: _Sequence) -> None:
+        """Out of the batch, blocks back to the pool."""
+        if seq.state is _State.DECODE:
+            self._decoding.leave(seq, self.counters.steps)
+            self._register(seq, seq.computed)
+        if self._partial is seq:
+            self._partial = None
+        del self._running[seq.request.id]
+        self.pool.release(seq.hashes, seq.registered, seq.blocks - seq.registered)
+        seq.blocks = seq.registered = 0
+
+    def _register(self, seq: _Sequence, computed: int) -> None:
+        full = min(computed // self.config.block_size, len(seq.hashes))
+        if full > seq.registered:
+            self.pool.register(seq.hashes, seq.registered, full)
+            seq.registered = full
