@@ -19,20 +19,33 @@ from prometheus_client import CollectorRegistry
 
 from extproc.adapters import discovery
 from extproc.adapters.admin import Admin
-from extproc.adapters.metrics import FleetCollector, RouterMetrics
+from extproc.adapters.engines import ENGINES
+from extproc.adapters.metrics import FleetCollector, RouterMetrics, ServerCollector
 from extproc.adapters.recorder import Recorder
-from extproc.adapters.scraping import Scraper
+from extproc.adapters.scraping import Scraper, Target
 from extproc.config import Config, PoolConfig
 from extproc.core.fleet import Readiness
-from extproc.core.observers import Several
+from extproc.core.observers import Quiet, Several
 from extproc.core.router import PoolSettings, Router
-from extproc.core.types import Change, Fact, NotSampled, Reset, Sampled
+from extproc.core.types import Change, Decision, Fact, NotSampled, Reset, Sampled
 from extproc.envoy.endpoints import EndpointsError, EndpointsFile, Health, Member
+from extproc.envoy.intake import Intake
+from extproc.envoy.server import Server
 
 log = logging.getLogger(__name__)
 
 TICK_S = 0.25
 """How often lost flights are swept and the members file is compared; both cost microseconds when there is nothing to do."""
+
+
+class Waker(Quiet):
+    """Has a replica scraped soon after it was given work."""
+
+    def __init__(self, wake: Callable[[str], None]) -> None:
+        self._wake = wake
+
+    def decided(self, decision: Decision) -> None:
+        self._wake(decision.endpoints[0])
 
 
 class App:
@@ -48,15 +61,12 @@ class App:
         self.router = Router(
             [settings(pool) for pool in config.pools],
             rng,
-            Several(self.metrics, self.recorder),
+            Several(self.metrics, self.recorder, Waker(self._wake)),
             config.requests.flight_ttl_s,
         )
         self.registry.register(FleetCollector(self.router, clock))
-        self._scrapers = {
-            pool.name: Scraper(pool, self._learn, rng=rng, busy=self._busy)
-            for pool in config.pools
-            if pool.engine != "none"
-        }
+        targets = {pool.name: Target(ENGINES.get(pool.engine), pool.scrape) for pool in config.pools}
+        self._scraper = Scraper(targets, self._learn, rng=rng, busy=self._busy)
         self._sources = [discovery.from_config(pool, self._discovery_error(pool.name)) for pool in config.pools]
         self._known: set[str] = set()
         """Pools whose members are known; the members file is left alone until all are."""
@@ -64,11 +74,11 @@ class App:
         self._endpoints_error: str | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._web: web.AppRunner | None = None
+        self._server = Server(config, Intake(self.router, config), self.router, clock, self.metrics.decided_in)
+        self.registry.register(ServerCollector(self._server.streams, self._server.entries))
 
     async def start(self) -> None:
         """Begin to serve. Raises OSError when a port is taken, EndpointsError when the members file cannot be written."""
-        for scraper in self._scrapers.values():
-            await scraper.start()
         for source in self._sources:
             self._spawn(source.run(self._changed), f"discovery of {source.pool}")
         await asyncio.sleep(0)  # static pools tell their members at once
@@ -86,8 +96,7 @@ class App:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for scraper in self._scrapers.values():
-            await scraper.stop()
+        await self._scraper.stop()
         log.info("stopped: %s", self.router)
 
     async def run(self) -> None:
@@ -125,11 +134,14 @@ class App:
         self._learn(change)
         if isinstance(change, Reset):
             self._known.add(change.pool)
-        if scraper := self._scrapers.get(change.pool):
-            scraper.follow(change)
+        self._scraper.follow(change)
+
+    def _wake(self, address: str) -> None:
+        self._scraper.wake(address)
 
     def _busy(self, address: str) -> bool:
-        return any(len(member.load) > 0 for _, member in self.router.members() if member.address == address)
+        members = (pool.fleet.get(address) for pool in self.router.pools.values())
+        return any(member is not None and len(member.load) > 0 for member in members)
 
     def _discovery_error(self, pool: str) -> Callable[[str], None]:
         return lambda _: self.metrics.discovery_errors.labels(pool).inc()

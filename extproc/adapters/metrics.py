@@ -7,9 +7,11 @@ replica that left are removed), outcomes and refusals are enums. No label ever c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import fields
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from extproc.core.fleet import Readiness
@@ -40,10 +42,11 @@ class RouterMetrics:
             "decisions", "Requests routed, by the replica chosen.", "pool", "policy", "reason", "replica"
         )
         self.refusals = counter("refusals", "Requests refused by the router.", "pool", "reason")
-        self.bad_requests = counter("bad_requests", "Requests answered with an error before routing.", "status")
         self.outcomes = counter("outcomes", "Ends of flights.", "pool", "replica", "outcome")
         self.moved = counter("moved", "Flights served by an alternate instead of the first choice.", "pool")
-        self.unknown = counter("unknown_flights", "Ends of flights that were not open: late, doubled, or not ours.", "outcome")
+        self.unknown = counter(
+            "unknown_flights", "Ends of flights that were not open: late, doubled, or not ours.", "outcome"
+        )
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens as reported by usage.", "pool", "replica")
         self.output_tokens = counter(
             "output_tokens", "Output tokens, reported or estimated by response size.", "pool", "replica"
@@ -67,8 +70,6 @@ class RouterMetrics:
         self.duration = histogram("duration_seconds", "From the client's request to the end.", SECONDS, "pool")
         self.prompt_size = histogram("request_prompt_tokens", "Prompt tokens per request, estimated.", TOKENS, "pool")
         self.deciding = histogram("decision_seconds", "Reading a request and choosing its replica.", DECIDING)
-        self.log_entries = counter("access_log_entries", "Access log entries from Envoy.", "kind")
-        self.streams = counter("streams", "ext_proc streams, by how they ended.", "end")
         self.scrapes = counter("scrapes", "Scrapes of replicas' metrics.", "pool", "result")
         self.discovery_errors = counter("discovery_errors", "Discovery sources that could not be read.", "pool")
 
@@ -76,6 +77,10 @@ class RouterMetrics:
         labels = (decision.pool, decision.policy, decision.reason, decision.endpoints[0])
         self.decisions.labels(*labels).inc()
         self.prompt_size.labels(decision.pool).observe(decision.prompt_tokens)
+
+    def decided_in(self, seconds: float) -> None:
+        """How long one decision took, the body's parsing included."""
+        self.deciding.observe(seconds)
 
     def refused(self, reject: Reject, pool: str | None) -> None:
         self.refusals.labels(pool or "none", reject.refusal.value).inc()
@@ -120,6 +125,30 @@ class RouterMetrics:
         """Drop the series of a replica that is no longer a member: addresses of pods never come back."""
         for metric in (self.decisions, self.outcomes, self.prompt_tokens, self.output_tokens):
             metric.remove_by_labels({"pool": pool, "replica": address})
+
+
+class ServerCollector(Collector):
+    """What the gRPC services counted, read when asked: counting in plain integers keeps it off the hot path.
+
+    Takes any objects with integer fields; each field becomes a label value.
+    """
+
+    def __init__(self, streams: Any, entries: Any) -> None:
+        self._counted = (
+            ("extproc_streams", "ext_proc streams by what became of them; opened counts them all.", streams),
+            (
+                "extproc_access_log_entries",
+                "Access log entries from Envoy; foreign ones have no flight of ours.",
+                entries,
+            ),
+        )
+
+    def collect(self) -> Iterator[Metric]:
+        for name, text, counts in self._counted:
+            family = CounterMetricFamily(name, text, labels=("kind",))
+            for field in fields(counts):
+                family.add_metric((field.name,), getattr(counts, field.name))
+            yield family
 
 
 class FleetCollector(Collector):

@@ -36,22 +36,22 @@ class Router(Protocol):
 
 @dataclass
 class FakeRouter:
-    """Gives the verdicts it was handed, in turn, the last one for ever; remembers what it was told."""
+    """Gives the verdicts it was handed, in turn, the last one for ever; remembers what it was told and when."""
 
-    verdicts: list[Verdict]
-    arrived: list[Request] = field(default_factory=list)
-    finished: list[tuple[str, Outcome]] = field(default_factory=list)
-    learned: list[Fact] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
+    arrived: list[tuple[Request, float]] = field(default_factory=list)
+    finished: list[tuple[str, Outcome, float]] = field(default_factory=list)
+    learned: list[tuple[Fact, float]] = field(default_factory=list)
 
-    def arrive(self, request: Request, _now: float) -> Verdict:
-        self.arrived.append(request)
+    def arrive(self, request: Request, now: float) -> Verdict:
+        self.arrived.append((request, now))
         return self.verdicts.pop(0) if len(self.verdicts) > 1 else self.verdicts[0]
 
     def finish(self, flight_id: str, outcome: Outcome, now: float) -> None:
-        self.finished.append((flight_id, outcome))
+        self.finished.append((flight_id, outcome, now))
 
     def learn(self, fact: Fact, now: float) -> None:
-        self.learned.append(fact)
+        self.learned.append((fact, now))
 
 
 class Intake:

@@ -54,8 +54,8 @@ def add_usage(body: bytes) -> bytes:
 def change_usage(body: bytes) -> bytes | None:
     """Replace the value of the top-level `stream_options`; None where it is spelled so oddly that it is not found.
 
-    The same text may stand in a message or a tool, so each place is tried, last first (the last of doubled keys counts),
-    and the one is taken after which the body reads as it should. Four tries bound the cost.
+    A tool's schema may have a key of that name too, so each place is tried, and the one is taken after which the body
+    reads as it should. Trying the last four at most bounds the cost.
     """
     data = load(body)
     options = dict(data.get("stream_options") or {}, include_usage=True)
@@ -63,7 +63,7 @@ def change_usage(body: bytes) -> bytes | None:
         options["continuous_usage_stats"] = False
     wanted = {**data, "stream_options": options}
     value = json.dumps(options, separators=(",", ":")).encode()
-    for match in reversed(deque(_STREAM_OPTIONS.finditer(body), maxlen=4)):
+    for match in deque(_STREAM_OPTIONS.finditer(body), maxlen=4):
         changed = body[: match.start(1)] + value + body[match.end(1) :]
         if _reads_as(changed, wanted):
             return changed

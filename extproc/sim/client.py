@@ -61,7 +61,7 @@ class Load:
         model: str,
         *,
         limits: Limits = Limits(),
-        on_record: Callable[[Record], None] = lambda record: None,
+        on_record: Callable[[Record], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`url` is the base, without a path. `on_record` is called at the end of each request."""
@@ -140,4 +140,5 @@ class Load:
 
     def _note(self, record: Record) -> None:
         self.records.append(record)
-        self._on_record(record)
+        if self._on_record is not None:
+            self._on_record(record)

@@ -142,6 +142,9 @@ class Emitted:
 
     def __iter__(self) -> Iterator[Token]:
         yield from self.edges
+        yield from self.inner_tokens()
+
+    def inner_tokens(self) -> Iterator[Token]:
         for seq in self.inner:
             index = self.steps + seq.offset - seq.request.prompt_tokens
             yield Token(seq.request.id, index, False, False, seq.cached or 0)

@@ -67,7 +67,7 @@ def _usage(body: bytes) -> dict[str, Any]:
 
 
 def _error(body: bytes) -> str | None:
-    """vLLM ends a stream under status 200 in three ways that are none: an error event, an abort, and a broken connection."""
+    """Under status 200 vLLM ends a stream in three ways that are no answer: an error event, an abort, a broken connection."""
     if found := _ERROR.search(body):
         return f"error event: {found[1][:200].decode(errors='replace').strip()}"
     if _ABORTED.search(body):

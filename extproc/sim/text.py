@@ -17,6 +17,8 @@ from typing import Any, Final
 import xxhash
 
 TOKEN_BYTES: Final = 4
+MEDIA_TOKENS: Final = 1024
+"""An image or sound of any size."""
 
 
 def tokenized(pieces: Iterable[str]) -> bytes:
@@ -42,7 +44,7 @@ def chat_prompt(messages: Sequence[Mapping[str, Any]], tools: Any = None) -> byt
 
 
 def _content(message: Mapping[str, Any]) -> str:
-    """The text of a message; whatever is not text stands there as JSON."""
+    """The text of a message, its media by their hash, its tool calls as JSON."""
     content, calls = message.get("content"), message.get("tool_calls")
     parts = content if isinstance(content, list) else [content]
     return "".join(_part(part) for part in parts) + (json.dumps(calls) if calls else "")
@@ -53,7 +55,7 @@ def _part(part: Any) -> str:
         return part
     if isinstance(part, dict) and isinstance(text := part.get("text"), str):
         return text
-    return "" if part is None else json.dumps(part)
+    return "" if part is None else xxhash.xxh3_64_hexdigest(json.dumps(part).encode()) * (MEDIA_TOKENS * TOKEN_BYTES // 16)
 
 
 def block_hashes(tokens: bytes, block_size: int, model: str, salt: str) -> list[int]:

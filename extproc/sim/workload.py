@@ -20,12 +20,12 @@ from extproc.config import Section
 BYTES_PER_TOKEN: Final = 4
 """The simulated replica counts so; the text below is plain ASCII, so a byte is a character."""
 
-WORDS: Final = tuple(
-    "amber basin canal delta ember fjord grove haven inlet jetty knoll ledge marsh north oasis plain quarry ridge shore "
-    "tundra upland valley wharf yonder zenith beacon cedar drift elm ferry gravel harbor iris juniper kelp lantern meadow "
-    "nettle orchard pebble quill reed slate thicket umber violet willow yarrow"
-    .split()
-)  # fmt: skip
+_VOCABULARY: Final = """
+amber basin canal delta ember fjord grove haven inlet jetty knoll ledge marsh north oasis plain quarry ridge shore tundra
+upland valley wharf yonder zenith beacon cedar drift elm ferry gravel harbor iris juniper kelp lantern meadow nettle orchard
+pebble quill reed slate thicket umber violet willow yarrow
+"""
+WORDS: Final = tuple(_VOCABULARY.split())
 
 
 class Lengths(Section):

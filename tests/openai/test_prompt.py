@@ -61,22 +61,21 @@ def test_tools_come_before_messages() -> None:
     assert of_chat(asked, [TOOL]).canonical.startswith(of_chat([], [TOOL]).canonical)
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [
-        {"role": "user", "content": "a"},
-        {"role": "assistant", "content": "b"},
-        {"role": "assistant", "content": "a", "tool_calls": [CALL]},
-        {"role": "assistant", "content": "a", "tool_calls": [{**CALL, "id": "c2"}]},
-        {"role": "assistant", "content": "a", "name": "n"},
-        {"role": "assistant", "content": "a", "tool_call_id": "n"},
-        {"role": "assistant", "content": "a", "reasoning": "n"},
+def test_all_that_a_template_reads_of_a_message_counts() -> None:
+    said = {"role": "assistant", "content": "a"}
+    variants: list[dict[str, Any]] = [
+        said,
+        {**said, "role": "user"},
+        {**said, "content": "b"},
+        {**said, "content": None},
+        {**said, "tool_calls": [CALL]},
+        {**said, "tool_calls": [{**CALL, "id": "c2"}]},
+        {**said, "name": "n"},
+        {**said, "tool_call_id": "n"},
+        {**said, "reasoning": "n"},
         {"role": "assistant", "tool_calls": [CALL]},
-        {"role": "assistant", "content": None},
-    ],
-)
-def test_all_that_a_template_reads_of_a_message_counts(changed: dict[str, Any]) -> None:
-    assert of_chat([changed]).canonical != of_chat([{"role": "assistant", "content": "a"}]).canonical
+    ]
+    assert len({of_chat([variant]).canonical for variant in variants}) == len(variants)
 
 
 def test_text_cannot_imitate_the_start_of_a_message() -> None:
@@ -139,6 +138,14 @@ def test_parts_of_text_are_taken_as_text(kind: str) -> None:
 def test_media_cannot_blow_a_prompt_up() -> None:
     prompt = of_chat([{"role": "user", "content": [{"type": "image_url"}] * 10_000}])
     assert prompt.size < MAX_MEDIA * MEDIA_BYTES + 10_000 * 16
+
+
+def test_a_flood_of_messages_or_parts_is_hashed_as_one() -> None:
+    turn = {"role": "user", "content": "a"}
+    flood, other = [turn] * 100_000, [turn] * 99_999 + [{"role": "user", "content": "b"}]
+    assert of_chat(flood).canonical != of_chat(other).canonical
+    assert of_chat(flood).canonical.startswith(of_chat([turn] * 5000).canonical)
+    assert of_chat([{"role": "user", "content": flood}]).size < 100_000 + MAX_MEDIA * MEDIA_BYTES
 
 
 # --- the other three APIs ---------------------------------------------------------------------------------------------

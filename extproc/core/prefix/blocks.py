@@ -11,7 +11,7 @@ would make 4,096 hashes of one megabyte, an even 16 KiB would see no shared syst
     beyond                  16 KiB      1.6 % (at 1 MiB)
 
 Blocks and worst resolution of a whole prompt: 4 KB 15 and 6.4 %, 100 KB 96 and 4.1 %, 1 MB 316 and 0.4 %,
-8 MB 752 and 0.2 %. The chain ends after `MAX_BLOCKS`, at 12.4 MB; what follows is never counted as cached.
+8 MB 752 and 0.2 %. The chain ends after `MAX_BLOCKS`, at 12.45 MB; what follows is never counted as cached.
 """
 
 from __future__ import annotations

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import resources
-
 import envoy_data_plane.envoy.config.common.mutation_rules.v3 as mutation
 import envoy_data_plane.envoy.config.core.v3 as core
 import envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 as ext_proc
-import envoy_data_plane.envoy.extensions.filters.http.lua.v3 as lua
 import envoy_data_plane.envoy.extensions.filters.http.router.v3 as router
 import envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 as hcm
 import envoy_data_plane.envoy.extensions.http.early_header_mutation.header_mutation.v3 as early
@@ -19,7 +16,6 @@ from extproc.envoy.rendering import usage
 from extproc.envoy.rendering.messages import exactly, extension, http_filter, seconds, to_extproc
 
 EXT_PROC = "envoy.filters.http.ext_proc"
-STRIP_USAGE = "envoy.filters.http.lua"
 
 SECRET_HEADERS = ("authorization", "proxy-authorization", "cookie", "x-api-key", "api-key")
 """Not sent to extproc, unless one of them is the configured tenant or session header; and never taken from the replica, which may check them."""
@@ -34,8 +30,6 @@ HOLD_S = 60.0
 def filters(config: Config) -> list[hcm.HttpFilter]:
     return [
         http_filter(EXT_PROC, _ext_proc(config)),
-        # Before the usage filters in the list, so after them on the response: they still see the event that goes here.
-        http_filter(STRIP_USAGE, lua.Lua(default_source_code=core.DataSource(inline_string=strip_usage_source()))),
         *usage.filters(),
         route(),
     ]
@@ -57,12 +51,6 @@ def headers_for_us(config: Config) -> list[str]:
     session = config.requests.session_header.lower()
     ours = {*names.PRIVATE_HEADERS, names.POOL_HEADER, session} - set(SECRET_HEADERS)
     return sorted(ours)
-
-
-def strip_usage_source() -> str:
-    """The Lua script, with the names of the mark put in."""
-    script = resources.files("extproc.envoy.rendering").joinpath("strip_usage.lua").read_text()
-    return script.replace("@NAMESPACE@", names.NAMESPACE).replace("@KEY@", names.STRIP_USAGE)
 
 
 def _ext_proc(config: Config) -> ext_proc.ExternalProcessor:

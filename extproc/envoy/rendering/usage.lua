@@ -1,0 +1,146 @@
+-- Reads the token counts of a JSON response, and takes the usage event out of a stream whose client did not ask for it.
+-- Nothing is buffered: every byte goes on as it comes, except the one event and what can still turn out to be it.
+
+local COUNTS = "@USAGE_NAMESPACE@"   -- dynamic metadata to write
+local MARKS = "@NAMESPACE@"          -- and to read: extproc sets the mark when it asked the engine for the usage event
+local STRIP = "@STRIP_USAGE@"
+
+-- The names of both APIs, completions and responses. Inside a JSON string every quote has a backslash before it, so these patterns find
+-- keys and never text that a model wrote.
+local FIELDS = {
+  {"@PROMPT_TOKENS@", '"prompt_tokens"%s*:%s*(%d+)'},
+  {"@PROMPT_TOKENS@", '"input_tokens"%s*:%s*(%d+)'},
+  {"@COMPLETION_TOKENS@", '"completion_tokens"%s*:%s*(%d+)'},
+  {"@COMPLETION_TOKENS@", '"output_tokens"%s*:%s*(%d+)'},
+  {"@CACHED_TOKENS@", '"cached_tokens"%s*:%s*(%d+)'},
+}
+local USAGE_KEY = '"usage"'
+local USAGE = '^"usage"%s*:%s*(%b{})'
+
+-- Longest unfinished piece to remember between chunks. A usage object is about 250 bytes, 1 KiB with per-request metrics.
+local MAX_HELD = 16384
+
+local function note(handle, usage)
+  local metadata = handle:streamInfo():dynamicMetadata()
+  for _, field in ipairs(FIELDS) do
+    local count = usage:match(field[2])
+    if count then
+      metadata:set(COUNTS, field[1], tonumber(count))
+    end
+  end
+end
+
+-- Where an unfinished usage object begins in `data`, else where an unfinished key could: what the next chunk must be read with.
+local function scan(handle, data)
+  local from = 1
+  while true do
+    local at = data:find(USAGE_KEY, from, true)
+    if not at then
+      return math.max(from, #data - #USAGE_KEY + 2)
+    end
+    local usage = data:match(USAGE, at)
+    if usage then
+      note(handle, usage)
+    elseif data:match('^"usage"%s*:?%s*$', at) or data:match('^"usage"%s*:%s*{', at) then
+      return at
+    end
+    from = at + #USAGE_KEY
+  end
+end
+
+-- A filter that parses would hold the whole response back, and answer 500 in its place when it is larger than a buffer.
+local function read_json(handle)
+  local rest = ""
+  for chunk in handle:bodyChunks() do
+    local data = rest .. chunk:getBytes(0, chunk:length())
+    rest = data:sub(scan(handle, data))
+    if #rest > MAX_HELD then
+      rest = ""
+    end
+  end
+end
+
+local BLANK_LINE = "\r?\n\r?\n"
+local NO_CHOICES = '"choices"%s*:%s*%[%s*%]'
+local SOME_CHOICES = '"choices"%s*:%s*%[%s*[^%]%s]'
+local USAGE_OBJECT = '"usage"%s*:%s*{'
+
+local function is_usage_event(event)
+  return event:find(USAGE_KEY, 1, true) and event:find(USAGE_OBJECT) and event:find(NO_CHOICES)
+end
+
+-- Takes the complete events of `data` but the usage event into `out`. Returns where the rest begins, and whether that event was there.
+-- `passing`: the head of the first event has gone out already, so it is another.
+local function take_events(data, passing, out)
+  local from = 1
+  while true do
+    local _, stop = data:find(BLANK_LINE, from)
+    if not stop then
+      return from, false
+    end
+    local event = data:sub(from, stop)
+    from = stop + 1
+    if not passing and is_usage_event(event) then
+      return from, true
+    end
+    out[#out + 1] = event
+    passing = false
+  end
+end
+
+-- An event is delivered by its blank line, so to hold an unfinished one delays nothing that a client could act on.
+local function strip_events(handle)
+  -- A stream rarely has a length; if it has, it counts the event that goes.
+  handle:headers():remove("content-length")
+  local held = ""        -- an unfinished event, or the line ends of one that is passing
+  local passing = false
+  local last
+
+  for chunk in handle:bodyChunks() do
+    last = chunk
+    local data = held .. chunk:getBytes(0, chunk:length())
+    local out = {}
+    local from, found = take_events(data, passing, out)
+    local rest = data:sub(from)
+    if found then
+      -- A stream has one such event; what follows is not ours.
+      chunk:setBytes(table.concat(out) .. rest)
+      return
+    end
+
+    passing = (passing and from == 1) or #rest > MAX_HELD or rest:find(SOME_CHOICES) ~= nil
+    if passing then
+      -- The line ends stay back: with the next chunk they may make the blank line.
+      local ends = rest:match("[\r\n]*$")
+      out[#out + 1] = rest:sub(1, #rest - #ends)
+      rest = ends
+    end
+    if held ~= "" or rest ~= "" then
+      chunk:setBytes(table.concat(out))
+    end
+    held = rest
+  end
+
+  -- The stream ended without a blank line. Its last chunk can still be changed, unless trailers came after it; no engine sends any.
+  if held ~= "" and last then
+    pcall(function() last:setBytes(last:getBytes(0, last:length()) .. held) end)
+  end
+end
+
+local function is_marked(handle)
+  local marks = handle:streamInfo():dynamicMetadata():get(MARKS)
+  return marks and marks[STRIP] == true
+end
+
+function envoy_on_response(handle)
+  local headers = handle:headers()
+  local kind = (headers:get("content-type") or ""):lower()
+  if headers:get("content-encoding") then
+    return
+  end
+  if kind:find("^application/json") then
+    read_json(handle)
+  elseif kind:find("^text/event%-stream") and is_marked(handle) then
+    strip_events(handle)
+  end
+end

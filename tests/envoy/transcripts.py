@@ -1,0 +1,420 @@
+"""Conversations of one ext_proc stream, as data: `>>` is what the proxy says, `<<` what must be done about it.
+
+`SCRIPTS` is used by the tests, and by benchmarks that want realistic streams without a proxy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from extproc.envoy.exchange import (
+    CHUNK_BYTES,
+    CLOSE,
+    DELIVERED,
+    ENDED,
+    Abandon,
+    BodyArrived,
+    Command,
+    Continue,
+    Decide,
+    Decided,
+    EchoBody,
+    Event,
+    Exchange,
+    Head,
+    HeadersArrived,
+    Mode,
+    Part,
+    Refuse,
+    Respond,
+    ResponseArrived,
+    Rules,
+    SetDestination,
+    Steer,
+    TrailersArrived,
+)
+from extproc.openai.errors import HttpError
+
+TOO_LARGE = HttpError(413, b"too large", (("content-type", "application/json"),))
+BUSY = HttpError(503, b"nobody there", (("content-type", "application/json"), ("retry-after", "1")))
+LIMIT = 1_000_000
+RULES = Rules(LIMIT, lambda head: head.path.startswith("/v1/chat"), TOO_LARGE)
+
+CHAT = Head("POST", "/v1/chat/completions", headers={"x-session-id": "s1"})
+SIZED = Head("POST", "/v1/chat/completions", content_length=9)
+HUGE = Head("POST", "/v1/chat/completions", content_length=LIMIT + 1)
+TOKENIZE = Head("POST", "/tokenize", content_length=LIMIT + 1)
+MODELS = Head("GET", "/v1/models")
+
+STEER = Steer("f1", "10.0.0.1:8000,10.0.0.2:8000")
+REWRITTEN = Steer("f2", "10.0.0.1:8000", body=b"{...}", strip_usage=True)
+LONG = b"x" * (CHUNK_BYTES + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """Events and the commands expected between them, in order."""
+
+    steps: tuple[Event | Command, ...] = ()
+
+    def __rshift__(self, event: Event) -> Script:
+        return Script((*self.steps, event))
+
+    def __lshift__(self, command: Command) -> Script:
+        return Script((*self.steps, command))
+
+    @property
+    def turns(self) -> list[tuple[Event, list[Command]]]:
+        """Each event with the commands that answer it."""
+        turns: list[tuple[Event, list[Command]]] = []
+        for step in self.steps:
+            if isinstance(step, Event):
+                turns.append((step, []))
+            else:
+                turns[-1][1].append(step)
+        return turns
+
+
+def play(script: Script, exchange: Exchange) -> list[tuple[Event, list[Command]]]:
+    """What really happens, turn by turn; equal to `script.turns` when all is well."""
+    return [(event, list(exchange.on(event))) for event, _ in script.turns]
+
+
+SCRIPTS: Mapping[str, Script] = {
+    "buffered: pick in the body answer, then the RPC ends": (
+        Script()
+        >> HeadersArrived(CHAT, mode=Mode.BUFFERED)
+        << Continue(Part.HEADERS)
+        >> BodyArrived(b"{}", end_of_stream=True)
+        << Decide(CHAT, b"{}", rewritable=True)
+        >> Decided(STEER)
+        << SetDestination(Part.BODY, STEER)
+        << CLOSE
+        >> DELIVERED
+        >> ENDED
+    ),
+    "buffered with trailers: the one body message is complete without its end of stream": (
+        Script()
+        >> HeadersArrived(CHAT, mode=Mode.BUFFERED)
+        << Continue(Part.HEADERS)
+        >> BodyArrived(b"{}")
+        << Decide(CHAT, b"{}", rewritable=True)
+        >> Decided(REWRITTEN)
+        << SetDestination(Part.BODY, REWRITTEN)
+        << CLOSE
+        >> DELIVERED
+        >> TrailersArrived()
+        >> ENDED
+    ),
+    "buffered, trailers without a body": (
+        Script()
+        >> HeadersArrived(CHAT, mode=Mode.BUFFERED)
+        << Continue(Part.HEADERS)
+        >> TrailersArrived()
+        << Decide(CHAT, b"")
+        >> Decided(STEER)
+        << SetDestination(Part.TRAILERS, STEER)
+        << CLOSE
+    ),
+    "mode not told: the order of messages is that of buffered": (
+        Script()
+        >> HeadersArrived(CHAT)
+        << Continue(Part.HEADERS)
+        >> BodyArrived(b"{}", end_of_stream=True)
+        << Decide(CHAT, b"{}", rewritable=True)
+        >> Decided(STEER)
+        << SetDestination(Part.BODY, STEER)
+        << CLOSE
+    ),
+    "mode not told, and the body is not complete: routed unread": (
+        Script()
+        >> HeadersArrived(CHAT)
+        << Continue(Part.HEADERS)
+        >> BodyArrived(b'{"mess')
+        << Decide(CHAT, None)
+        >> Decided(STEER)
+        << SetDestination(Part.BODY, STEER)
+        << CLOSE
+    ),
+    "no body: pick in the header answer": (
+        Script()
+        >> HeadersArrived(MODELS, end_of_stream=True, mode=Mode.BUFFERED)
+        << Decide(MODELS, None)
+        >> Decided(STEER)
+        << SetDestination(Part.HEADERS, STEER)
+        << CLOSE
+        >> DELIVERED
+        >> ENDED
+    ),
+    "a path that is not read, whatever its size: pick in the header answer, the body is not waited for": (
+        Script()
+        >> HeadersArrived(TOKENIZE, mode=Mode.BUFFERED)
+        << Decide(TOKENIZE, None)
+        >> Decided(STEER)
+        << SetDestination(Part.HEADERS, STEER)
+        << CLOSE
+    ),
+    "refused: the client is answered": (
+        Script()
+        >> HeadersArrived(CHAT, mode=Mode.BUFFERED)
+        << Continue(Part.HEADERS)
+        >> BodyArrived(b"{}", end_of_stream=True)
+        << Decide(CHAT, b"{}", rewritable=True)
+        >> Decided(Refuse(BUSY))
+        << Respond(BUSY)
+        << CLOSE
+        >> ENDED
+    ),
+    "too large by its content-length: refused before any of it came": (
+        Script() >> HeadersArrived(HUGE, mode=Mode.BUFFERED) << Respond(TOO_LARGE) << CLOSE >> ENDED
+    ),
+    "too large in one message": (
+        Script()
+        >> HeadersArrived(CHAT, mode=Mode.BUFFERED)
+        << Continue(Part.HEADERS)
+        >> BodyArrived(b"x" * (LIMIT + 1), end_of_stream=True)
+        << Respond(TOO_LARGE)
+        << CLOSE
+    ),
+    "of exactly the limit: taken": (
+        Script()
+        >> HeadersArrived(CHAT, mode=Mode.BUFFERED)
+        << Continue(Part.HEADERS)
+        >> BodyArrived(b"x" * LIMIT, end_of_stream=True)
+        << Decide(CHAT, b"x" * LIMIT, rewritable=True)
+    ),
+    "too large in many messages": (
+        Script()
+        >> HeadersArrived(CHAT, mode=Mode.FULL_DUPLEX)
+        >> BodyArrived(b"x" * LIMIT)
+        >> BodyArrived(b"x")
+        << Respond(TOO_LARGE)
+        << CLOSE
+        >> BodyArrived(b"x", end_of_stream=True)
+    ),
+    "full duplex: headers held to the end of the body, which is then given back": (
+        Script()
+        >> HeadersArrived(CHAT, mode=Mode.FULL_DUPLEX)
+        >> BodyArrived(b"{")
+        >> BodyArrived(b"}", end_of_stream=True)
+        << Decide(CHAT, b"{}", rewritable=True)
+        >> Decided(STEER)
+        << SetDestination(Part.HEADERS, STEER, in_header=True)
+        << EchoBody(b"{}", end_of_stream=True)
+        << CLOSE
+        >> DELIVERED
+        >> BodyArrived(b"}", end_of_stream=True)
+        >> ENDED
+    ),
+    "full duplex, end of stream in an empty message, a body of two pieces": (
+        Script()
+        >> HeadersArrived(CHAT, mode=Mode.FULL_DUPLEX)
+        >> BodyArrived(LONG)
+        >> BodyArrived(b"", end_of_stream=True)
+        << Decide(CHAT, LONG, rewritable=True)
+        >> Decided(STEER)
+        << SetDestination(Part.HEADERS, STEER, in_header=True)
+        << EchoBody(LONG[:CHUNK_BYTES], end_of_stream=False)
+        << EchoBody(LONG[CHUNK_BYTES:], end_of_stream=True)
+        << CLOSE
+    ),
+    "full duplex, an empty body": (
+        Script()
+        >> HeadersArrived(CHAT, mode=Mode.FULL_DUPLEX)
+        >> BodyArrived(b"", end_of_stream=True)
+        << Decide(CHAT, b"", rewritable=True)
+        >> Decided(STEER)
+        << SetDestination(Part.HEADERS, STEER, in_header=True)
+        << EchoBody(b"", end_of_stream=True)
+        << CLOSE
+    ),
+    "full duplex with trailers: they end the stream, not the body": (
+        Script()
+        >> HeadersArrived(CHAT, mode=Mode.FULL_DUPLEX)
+        >> BodyArrived(b"{}")
+        >> TrailersArrived()
+        << Decide(CHAT, b"{}", rewritable=True)
+        >> Decided(STEER)
+        << SetDestination(Part.HEADERS, STEER, in_header=True)
+        << EchoBody(b"{}", end_of_stream=False)
+        << Continue(Part.TRAILERS)
+        << CLOSE
+    ),
+    "full duplex, trailers alone": (
+        Script()
+        >> HeadersArrived(CHAT, mode=Mode.FULL_DUPLEX)
+        >> TrailersArrived()
+        << Decide(CHAT, b"", rewritable=True)
+        >> Decided(STEER)
+        << SetDestination(Part.HEADERS, STEER, in_header=True)
+        << Continue(Part.TRAILERS)
+        << CLOSE
+    ),
+    "full duplex, rewritten: the new body is given back": (
+        Script()
+        >> HeadersArrived(CHAT, mode=Mode.FULL_DUPLEX)
+        >> BodyArrived(b"{}", end_of_stream=True)
+        << Decide(CHAT, b"{}", rewritable=True)
+        >> Decided(REWRITTEN)
+        << SetDestination(Part.HEADERS, REWRITTEN, in_header=True)
+        << EchoBody(b"{...}", end_of_stream=True)
+        << CLOSE
+    ),
+    "full duplex, refused": (
+        Script()
+        >> HeadersArrived(CHAT, mode=Mode.FULL_DUPLEX)
+        >> BodyArrived(b"{}", end_of_stream=True)
+        << Decide(CHAT, b"{}", rewritable=True)
+        >> Decided(Refuse(BUSY))
+        << Respond(BUSY)
+        << CLOSE
+        >> BodyArrived(b"", end_of_stream=True)
+    ),
+    "full duplex without a body": (
+        Script()
+        >> HeadersArrived(MODELS, end_of_stream=True, mode=Mode.FULL_DUPLEX)
+        << Decide(MODELS, None)
+        >> Decided(STEER)
+        << SetDestination(Part.HEADERS, STEER, in_header=True)
+        << CLOSE
+    ),
+    "full duplex, a path that is not read: the body is given back as it comes": (
+        Script()
+        >> HeadersArrived(TOKENIZE, mode=Mode.FULL_DUPLEX)
+        << Decide(TOKENIZE, None)
+        >> Decided(STEER)
+        << SetDestination(Part.HEADERS, STEER, in_header=True)
+        >> DELIVERED
+        >> BodyArrived(b"ab")
+        << EchoBody(b"ab", end_of_stream=False)
+        >> BodyArrived(b"", end_of_stream=False)
+        >> BodyArrived(b"c", end_of_stream=True)
+        << EchoBody(b"c", end_of_stream=True)
+        << CLOSE
+    ),
+    "full duplex, a path that is not read, with trailers": (
+        Script()
+        >> HeadersArrived(TOKENIZE, mode=Mode.FULL_DUPLEX)
+        << Decide(TOKENIZE, None)
+        >> Decided(STEER)
+        << SetDestination(Part.HEADERS, STEER, in_header=True)
+        >> DELIVERED
+        >> BodyArrived(b"ab")
+        << EchoBody(b"ab", end_of_stream=False)
+        >> TrailersArrived()
+        << Continue(Part.TRAILERS)
+        << CLOSE
+    ),
+    "streamed early: headers held, then each message waved through": (
+        Script()
+        >> HeadersArrived(CHAT, mode=Mode.STREAMED_EARLY)
+        >> BodyArrived(b"{")
+        >> BodyArrived(b"}")
+        >> BodyArrived(b"", end_of_stream=True)
+        << Decide(CHAT, b"{}")
+        >> Decided(STEER)
+        << SetDestination(Part.HEADERS, STEER)
+        << Continue(Part.BODY)
+        << Continue(Part.BODY)
+        << Continue(Part.BODY)
+        << CLOSE
+    ),
+    "streamed early, with trailers": (
+        Script()
+        >> HeadersArrived(CHAT, mode=Mode.STREAMED_EARLY)
+        >> BodyArrived(b"{}")
+        >> TrailersArrived()
+        << Decide(CHAT, b"{}")
+        >> Decided(STEER)
+        << SetDestination(Part.HEADERS, STEER)
+        << Continue(Part.BODY)
+        << Continue(Part.TRAILERS)
+        << CLOSE
+    ),
+    "streamed: the body waits for the header answer, so its size is all there is": (
+        Script()
+        >> HeadersArrived(SIZED, mode=Mode.STREAMED)
+        << Decide(SIZED, None)
+        >> Decided(STEER)
+        << SetDestination(Part.HEADERS, STEER)
+        << CLOSE
+    ),
+    "buffered partial: part of a body is not read": (
+        Script()
+        >> HeadersArrived(SIZED, mode=Mode.BUFFERED_PARTIAL)
+        << Decide(SIZED, None)
+        >> Decided(STEER)
+        << SetDestination(Part.HEADERS, STEER)
+        << CLOSE
+    ),
+    "no body sent": (
+        Script()
+        >> HeadersArrived(HUGE, mode=Mode.NONE)
+        << Decide(HUGE, None)
+        >> Decided(STEER)
+        << SetDestination(Part.HEADERS, STEER)
+        << CLOSE
+    ),
+    "a response comes first: passed on": (
+        Script()
+        >> ResponseArrived(Part.RESPONSE_HEADERS)
+        << Continue(Part.RESPONSE_HEADERS)
+        >> ResponseArrived(Part.RESPONSE_BODY)
+        << Continue(Part.RESPONSE_BODY)
+        >> ResponseArrived(Part.RESPONSE_TRAILERS)
+        << Continue(Part.RESPONSE_TRAILERS)
+        >> ENDED
+    ),
+    "a response comes while the body is awaited: passed on": (
+        Script()
+        >> HeadersArrived(CHAT, mode=Mode.BUFFERED)
+        << Continue(Part.HEADERS)
+        >> ResponseArrived(Part.RESPONSE_HEADERS)
+        << Continue(Part.RESPONSE_HEADERS)
+        >> ENDED
+    ),
+    "the client leaves before the body is complete": (
+        Script() >> HeadersArrived(CHAT, mode=Mode.FULL_DUPLEX) >> BodyArrived(b"{") >> ENDED
+    ),
+    "the client leaves while the decision is out: the flight is abandoned": (
+        Script()
+        >> HeadersArrived(CHAT, mode=Mode.BUFFERED)
+        << Continue(Part.HEADERS)
+        >> BodyArrived(b"{}", end_of_stream=True)
+        << Decide(CHAT, b"{}", rewritable=True)
+        >> ENDED
+        >> Decided(STEER)
+        << Abandon("f1")
+    ),
+    "the client leaves while a refusal is on its way: nothing to abandon": (
+        Script()
+        >> HeadersArrived(MODELS, end_of_stream=True, mode=Mode.BUFFERED)
+        << Decide(MODELS, None)
+        >> ENDED
+        >> Decided(Refuse(BUSY))
+    ),
+    "the client leaves before the answer is delivered: the flight is abandoned, once": (
+        Script()
+        >> HeadersArrived(CHAT, mode=Mode.BUFFERED)
+        << Continue(Part.HEADERS)
+        >> BodyArrived(b"{}", end_of_stream=True)
+        << Decide(CHAT, b"{}", rewritable=True)
+        >> Decided(STEER)
+        << SetDestination(Part.BODY, STEER)
+        << CLOSE
+        >> ENDED
+        << Abandon("f1")
+        >> ENDED
+    ),
+    "the client leaves while the body is given back: the flight is the access log's": (
+        Script()
+        >> HeadersArrived(TOKENIZE, mode=Mode.FULL_DUPLEX)
+        << Decide(TOKENIZE, None)
+        >> Decided(STEER)
+        << SetDestination(Part.HEADERS, STEER, in_header=True)
+        >> DELIVERED
+        >> ENDED
+    ),
+    "the stream ends before it began": Script() >> ENDED,
+}
