@@ -15,7 +15,7 @@ from random import Random
 from typing import Any
 
 from aiohttp import web
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, disable_created_metrics
 
 from extproc.adapters import discovery
 from extproc.adapters.admin import Admin
@@ -55,6 +55,7 @@ class App:
         self.config = config
         self._clock = clock
         rng = rng or Random()
+        disable_created_metrics()  # a second series for each counter, which nobody reads
         self.registry = CollectorRegistry()
         self.metrics = RouterMetrics(self.registry)
         self.recorder = Recorder(config.inspect.decisions)

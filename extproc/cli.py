@@ -110,7 +110,8 @@ def backend(path: Path | None, **options: Any) -> None:
     """Run simulated vLLM replicas: an OpenAI-compatible server with a step-by-step engine behind it, and no GPU."""
     import uvloop
 
-    from extproc.sim.backend import BackendSpec, load_specs, serve
+    from extproc.sim.backend import serve
+    from extproc.sim.spec import BackendSpec, load_specs
 
     try:
         specs = load_specs(path) if path else [BackendSpec.from_options(**options)]
@@ -151,7 +152,8 @@ def explain(body: BinaryIO, url: str, as_json: bool) -> None:
 @click.option("--output", type=click.Path(path_type=Path), default=Path("build/demo.json"), show_default=True)
 def demo(path: Path | None, output: Path) -> None:
     """Simulated replicas, extproc and the real Envoy under load; then Envoy's own round robin; a table side by side."""
-    from extproc.demo import DemoError, run_demo
+    from extproc.demo.children import DemoError
+    from extproc.demo.compare import run_demo
 
     try:
         asyncio.run(run_demo(path, output))
@@ -163,7 +165,8 @@ def demo(path: Path | None, output: Path) -> None:
 @click.option("--config", "path", type=click.Path(path_type=Path), help="Fleet; deploy/demo.yaml when not given.")
 def run(path: Path | None) -> None:
     """The demo's fleet, extproc and Envoy, left running until Ctrl-C."""
-    from extproc.demo import DemoError, run_stack
+    from extproc.demo.children import DemoError
+    from extproc.demo.stack import run_stack
 
     try:
         asyncio.run(run_stack(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from rich.console import Console
@@ -10,7 +11,9 @@ from rich.table import Table
 
 def table(record: dict[str, Any], console: Console | None = None) -> None:
     """Print one decision: what the request is, and every candidate in the policy's order with what it looked at."""
-    console = console or Console()
+    console = console or Console(
+        width=None if sys.stdout.isatty() else 140
+    )  # a pipe has no width; 80 would cut addresses
     predicted = record["predicted"]
     console.print(
         f"{record['api']} for [bold]{record['model']}[/] in pool {record['pool']}: "
@@ -22,6 +25,8 @@ def table(record: dict[str, Any], console: Console | None = None) -> None:
     )
     names = list(record["candidates"][0]["terms"])
     grid = Table("", "replica", "score", *names)
+    for column in grid.columns:
+        column.no_wrap = True
     for column in grid.columns[2:]:
         column.justify = "right"
     for place, candidate in enumerate(record["candidates"], 1):

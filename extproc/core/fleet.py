@@ -28,7 +28,9 @@ class Member:
 
     __slots__ = (
         "_stale_after_s",
+        "answered_at",
         "down",
+        "held_at_sample",
         "hit_trust",
         "joined_at",
         "late_scrapes",
@@ -43,7 +45,6 @@ class Member:
         "speed",
         "strangers",
         "suspect_until",
-        "turnover_s",
     )
 
     def __init__(self, replica: Replica, now: float, scraped: bool, stale_after_s: float) -> None:
@@ -63,13 +64,15 @@ class Member:
         self.speed = Speed(prior(replica.labels))
         self.latency_s: float | None = None
         """Moving average of response times; None before the first."""
-        self.turnover_s: float | None = None
-        """Moving average of the time a flight spends here."""
+        self.answered_at = now
+        """When the last of these came."""
         self.hit_trust = 1.0
         """Actual over predicted prefix hits, smoothed: 0 where prefix caching is off."""
         self.strangers = 0
         """Requests that the replica has from others than us, by its last sample."""
         self.opened_at_sample = 0
+        self.held_at_sample = 0.0
+        """Our own requests and their tokens there when the sample came."""
 
     def __repr__(self) -> str:
         age = "never sampled" if self.sampled_at is None else f"sampled at {self.sampled_at:.3f}"
@@ -95,13 +98,14 @@ class Member:
         return Readiness.READY
 
     def sampled(self, sample: Sample, now: float) -> bool:
-        """Take in a scrape. True if the engine restarted since the last one: a counter went back."""
+        """Take in a scrape. True if the engine restarted since the last one: a counter went back, or nothing listened."""
         before, self.sample, self.sampled_at = self.sample, sample, now
+        restarted = self.down or (before is not None and _went_back(before, sample))
         self.down, self.late_scrapes, self.suspect_until = False, 0, now
         if sample.running is not None and sample.waiting is not None:
             self.strangers = max(0, sample.running + sample.waiting - len(self.load))
-        self.opened_at_sample = len(self.load)
-        return before is not None and _went_back(before, sample)
+        self.opened_at_sample, self.held_at_sample = len(self.load), self.load.held_tokens
+        return restarted
 
     def not_sampled(self, why: ScrapeFailure) -> None:
         """A scrape failed. A late page leaves the sample to age; only a refused connection says that nobody is there."""
@@ -117,7 +121,7 @@ class Member:
     def answered(self, duration_s: float, now: float) -> None:
         """A request sent there was answered, after `duration_s`."""
         self.latency_s = _average(self.latency_s, duration_s)
-        self.turnover_s = _average(self.turnover_s, duration_s)
+        self.answered_at = now
         self.suspect_until = now
 
     def hit(self, predicted_tokens: float, actual_tokens: int) -> None:

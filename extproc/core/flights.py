@@ -6,7 +6,9 @@ which its prefill should be done, in order. Time drains it; a first token that c
 
 from __future__ import annotations
 
-from collections import deque
+import math
+from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from extproc.core.types import Api, Blocks, Prediction
@@ -70,17 +72,20 @@ class Load:
 
     def __init__(self) -> None:
         self._flights: dict[str, Flight] = {}
-        self._queue: deque[Flight] = deque()  # not yet known or believed to have their first token, in order
+        # Those whose first token has not been reported, in the order in which the replica got them; `prefill_done_at`
+        # rises along it. Believed done is not removed: reading would then change what a late report can still correct.
+        self._queue: list[Flight] = []
         self._held_tokens = 0.0
         self._output_tokens = 0.0
 
     def __repr__(self) -> str:
-        return (
-            f"<load {len(self._flights)} flights, {len(self._queue)} prefilling, {self._held_tokens:.0f} tokens held>"
-        )
+        return f"<load {len(self._flights)} flights, {len(self._queue)} without first token, {self._held_tokens:.0f} tokens held>"
 
     def __len__(self) -> int:
         return len(self._flights)
+
+    def __iter__(self) -> Iterator[Flight]:
+        return iter(self._flights.values())
 
     def has(self, flight: Flight) -> bool:
         """Whether the flight is open here."""
@@ -98,28 +103,24 @@ class Load:
 
     def backlog_s(self, now: float) -> float:
         """Predicted seconds until all queued prefill is done."""
-        self._drain(now)
-        return self._queue[-1].prefill_done_at - now if self._queue else 0.0
+        return max(self._queue[-1].prefill_done_at - now, 0.0) if self._queue else 0.0
 
     def prefilling(self, now: float) -> int:
         """Flights whose first token is still to come, as far as we know or believe."""
-        self._drain(now)
-        return len(self._queue)
+        return len(self._queue) - self._believed_done(now)
 
     def decoding(self, now: float) -> int:
-        """Sequences that generate."""
-        self._drain(now)
-        return len(self._flights) - len(self._queue)
+        """Flights that generate."""
+        return len(self._flights) - len(self._queue) + self._believed_done(now)
 
     def queued_tokens(self, now: float) -> int:
         """Uncached prompt tokens whose prefill is not done."""
-        self._drain(now)
-        return sum(f.uncached_tokens for f in self._queue)
+        return sum(f.uncached_tokens for f in self._queue[self._believed_done(now) :])
 
     def decoding_tokens(self, now: float) -> float:
         """Output tokens expected of the flights that generate."""
-        self._drain(now)
-        return self._output_tokens - sum(f.output_tokens * f.samples for f in self._queue)
+        queued = sum(f.output_tokens * f.samples for f in self._queue[self._believed_done(now) :])
+        return max(self._output_tokens - queued, 0.0)
 
     def open(self, flight: Flight, now: float) -> None:
         """Put a flight at the end of the prefill queue."""
@@ -134,21 +135,22 @@ class Load:
     def first_token(self, flight: Flight, at: float) -> None:
         """The first token of the flight came at time `at`: what stands behind it in the queue starts from there."""
         flight.first_token_at = at
-        if flight in self._queue:
-            before = self._queue.index(flight)
-            for _ in range(before + 1):  # first come, first served: those before it are done as well
-                self._queue.popleft()
-        self._retime(at)
+        if flight in self._queue:  # else one behind it is done already, and tells more
+            # First come, first served: those before it are done as well.
+            del self._queue[: self._queue.index(flight) + 1]
+            self._retime(0, at)
 
     def still_prefilling(self, flight: Flight, now: float) -> None:
-        """The replica has sent no byte for the flight yet: if we believed it done, it is not."""
+        """The replica has sent no byte for the flight yet: if we believed it done, it is not, nor is what came later."""
         if now < flight.prefill_done_at:
             return
         if flight not in self._queue:
-            self._queue = deque(sorted((*self._queue, flight), key=lambda f: f.routed_at))
-        # How much is left nobody says; a quarter more, and half of what it is late by, grows with the delay itself.
-        overdue_s = 0.25 * flight.prediction.prefill_s + 0.5 * (now - flight.prefill_done_at)
-        self._retime(now, first_s=overdue_s)
+            self._queue.insert(0, flight)  # overtaken by one whose first token came: all others are later
+        # How much is left nobody says. A quarter more, and half of what it is late by against what was predicted when
+        # it was routed: so the estimate grows with the delay, and a replica that hangs does not look free.
+        late_s = max(now - flight.routed_at - flight.prediction.ttft_s, now - flight.prefill_done_at)
+        flight.prefill_done_at = now + 0.25 * flight.prediction.prefill_s + 0.5 * late_s
+        self._retime(self._queue.index(flight) + 1, flight.prefill_done_at)
 
     def close(self, flight: Flight, now: float) -> None:
         """The flight ended."""
@@ -159,25 +161,35 @@ class Load:
         if not self._flights:
             self._held_tokens = self._output_tokens = 0.0  # no drift of sums over the life of a process
         if flight in self._queue:
-            first = self._queue[0] is flight
-            self._queue.remove(flight)
-            self._retime(now if first else self._queue[0].prefill_done_at, keep_first=not first)
+            i = self._queue.index(flight)
+            del self._queue[i]
+            if flight.prefill_done_at > now:  # what is left of its prefill, or all of it, falls away
+                self._retime(i, max(self._queue[i - 1].prefill_done_at, now) if i else now)
 
-    def _drain(self, now: float) -> None:
+    def _believed_done(self, now: float) -> int:
+        """How many at the head of the queue should have their first token, reported or not."""
         queue = self._queue
-        while queue and queue[0].prefill_done_at <= now:
-            queue.popleft()
+        if not queue or queue[0].prefill_done_at > now:
+            return 0
+        return bisect_right(queue, now, key=_done_at)
 
-    def _retime(self, start: float, first_s: float | None = None, keep_first: bool = False) -> None:
-        """Lay the queue out again from `start`, each with its own prefill time."""
-        done = start
-        for i, flight in enumerate(self._queue):
-            if i == 0 and keep_first:
-                done = flight.prefill_done_at
-                continue
-            own = first_s if i == 0 and first_s is not None else flight.prediction.prefill_s
-            done = max(done, flight.routed_at) + own
-            flight.prefill_done_at = done
+    def _retime(self, i: int, start: float) -> None:
+        """Lay the queue out again from its i-th flight on: the replica turns to that one at `start`."""
+        for flight in self._queue[i:]:
+            start = max(start, flight.routed_at) + flight.prediction.prefill_s
+            flight.prefill_done_at = start
+
+    def check(self) -> None:
+        """Raise AssertionError if the sums or the queue do not fit the open flights; for tests."""
+        assert math.isclose(self._held_tokens, sum(f.held_tokens for f in self), abs_tol=1e-3), self
+        assert math.isclose(self._output_tokens, sum(f.output_tokens * f.samples for f in self), abs_tol=1e-3), self
+        assert all(self._flights.get(f.id) is f and f.first_token_at is None for f in self._queue), self
+        done = [f.prefill_done_at for f in self._queue]
+        assert done == sorted(done), self
+
+
+def _done_at(flight: Flight) -> float:
+    return flight.prefill_done_at
 
 
 class Ledger:
@@ -190,6 +202,9 @@ class Ledger:
 
     def __len__(self) -> int:
         return len(self._flights)
+
+    def __iter__(self) -> Iterator[Flight]:
+        return iter(self._flights.values())
 
     def __repr__(self) -> str:
         return f"<ledger {self.opened} opened - {self.closed} closed = {len(self)} open>"

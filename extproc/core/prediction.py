@@ -8,6 +8,9 @@ from extproc.core.fleet import Member
 from extproc.core.speed import CHUNK_TOKENS
 from extproc.core.types import Prediction, Request
 
+Parts = tuple[int, float, float, float, float]
+"""The fields of a Prediction: a frozen dataclass for each candidate would cost a tenth of a decision."""
+
 
 @dataclass(slots=True)
 class Ask:
@@ -19,8 +22,8 @@ class Ask:
     """Expected of one generation."""
     hit_tokens: dict[str, float]
     """Replica -> tokens of the prompt's head that the index believes cached there."""
-    predicted: dict[str, Prediction] = field(default_factory=dict)
-    """Predictions made for this request so far; nothing changes between ranking and reservation."""
+    parts: dict[str, Parts] = field(default_factory=dict)
+    """What was predicted for this request so far; nothing changes between ranking and reservation."""
 
     @property
     def tie_key(self) -> int | None:
@@ -46,7 +49,7 @@ def company(member: Member, now: float) -> tuple[float, float]:
     ours = len(load)
     decoding = float(load.decoding(now))
     held = load.held_tokens * decoding / ours if ours else 0.0
-    if member.strangers:
+    if member.strangers and member.fresh(now) is not None:
         mean = load.held_tokens / ours if ours else 1024.0
         decoding += member.strangers
         held += member.strangers * mean
@@ -59,13 +62,13 @@ def capacity_wait_s(ask: Ask, member: Member, now: float) -> float:
     By Little's law a place frees every `turnover / running` seconds. What waits beyond the prefill queue waits for places.
     """
     sample = member.fresh(now)
-    turnover_s = member.turnover_s
+    turnover_s = member.latency_s
     if sample is None or turnover_s is None:
         return 0.0
     wait = 0.0
-    waiting = member.queued(now)
-    if waiting and sample.waiting and sample.running:
-        wait = waiting * turnover_s / sample.running
+    if sample.waiting and sample.running:
+        beyond = (member.queued(now) or 0) - member.load.prefilling(now)
+        wait = max(beyond, 0) * turnover_s / sample.running
     capacity = sample.kv_capacity_tokens
     held = member.load.held_tokens
     if capacity and held:
@@ -82,16 +85,22 @@ def predict(ask: Ask, member: Member, now: float) -> Prediction:
     conversation trace, differ by 23 to 49 % of mean TTFT). Decode enters by the number of sequences: each stands still
     while this prompt is prefilled, and each of its steps gets longer by one more sequence.
     """
+    return Prediction(*_parts(ask, member, now))
+
+
+def cost_s(ask: Ask, member: Member, now: float) -> float:
+    """`predict(...).total_s`, without the record: this runs once per candidate and request."""
+    _, queue_s, prefill_s, decode_s, delay_s = _parts(ask, member, now)
+    return queue_s + prefill_s + decode_s + delay_s
+
+
+def _parts(ask: Ask, member: Member, now: float) -> Parts:
+    """The fields of a Prediction, in its order."""
     address = member.replica.address
-    if (known := ask.predicted.get(address)) is not None:
+    if (known := ask.parts.get(address)) is not None:
         return known
-    prediction = ask.predicted[address] = _predict(ask, member, now)
-    return prediction
-
-
-def _predict(ask: Ask, member: Member, now: float) -> Prediction:
     speed, load = member.speed, member.load
-    cached = ask.cached_tokens(member)
+    cached = ask.cached_tokens(member) if ask.hit_tokens else 0
     uncached = max(ask.prompt_tokens - cached, 1)
     sequences, kv_tokens = company(member, now)
     queue_s = max(load.backlog_s(now), capacity_wait_s(ask, member, now))
@@ -105,10 +114,5 @@ def _predict(ask: Ask, member: Member, now: float) -> Prediction:
         remaining = 0.5 * load.output_tokens / len(load) if len(load) else steps
         stalled = max(prefill_s - chunks * before_s, 0.0)
         delay_s = sequences * (stalled + (step_s - before_s) * min(steps, remaining))
-    return Prediction(
-        cached_tokens=cached,
-        queue_s=queue_s + speed.base_s,
-        prefill_s=prefill_s,
-        decode_s=steps * step_s,
-        delay_s=delay_s,
-    )
+    parts = ask.parts[address] = (cached, queue_s + speed.base_s, prefill_s, steps * step_s, delay_s)
+    return parts

@@ -142,20 +142,19 @@ class Router:
             return reject
         members = pool.fleet.candidates(now, request.subset)
         if not members:
-            empty = Refusal.NO_REPLICAS if request.subset is None or not len(pool.fleet) else Refusal.SUBSET_EMPTY
-            reject = Reject(empty, request.model)
+            reject = self._nobody(pool, request)
             self._observer.refused(reject, pool.settings.name)
             return reject
         ask = pool.ask(request)
         ranking = pool.policy.rank(ask, members, now, self._rng)
         best = ranking.order[0][1]
-        pool.policy.took(ask, best)
         prediction = predict(ask, best, now)
         top = ranking.order[:ENDPOINTS]
         self._count += 1
         decision = self._decision(
             f"{self._boot}-{self._count:x}", pool, ask, ranking.reason, top, prediction, now, listed=ENDPOINTS
         )
+        pool.policy.took(ask, best)  # after the record of what it looked at
         self._reserve(decision, pool, ask, best, now)
         self._observer.decided(decision)
         return Route(decision.flight, decision.endpoints, decision)
@@ -167,7 +166,7 @@ class Router:
             return Reject(Refusal.UNKNOWN_MODEL, request.model, self._known_models())
         members = pool.fleet.candidates(now, request.subset)
         if not members:
-            return Reject(Refusal.NO_REPLICAS if request.subset is None else Refusal.SUBSET_EMPTY, request.model)
+            return self._nobody(pool, request)
         ask = pool.ask(request)
         state = self._rng.getstate()
         ranking = pool.policy.rank(ask, members, now, self._rng)
@@ -204,7 +203,8 @@ class Router:
                 if member.sampled(sample, now):
                     pool.index.clear(member.address)
                 if capacity := sample.kv_capacity_tokens:
-                    per_token = pool.prompt_tokens.bytes_per_token(next(iter(pool.models), None))
+                    model = next(iter(pool.settings.models or member.models), None)
+                    per_token = pool.prompt_tokens.bytes_per_token(model)
                     pool.index.set_capacity(member.address, capacity * per_token)
             case NotSampled(why=why):
                 member.not_sampled(why)
@@ -234,6 +234,11 @@ class Router:
 
     def _known_models(self) -> tuple[str, ...]:
         return tuple(model for pool in self._pools.values() for model in pool.models)
+
+    def _nobody(self, pool: Pool, request: Request) -> Reject:
+        """No member is allowed: because there is none at all, or by the request's own hint."""
+        by_hint = request.subset is not None and len(pool.fleet) > 0
+        return Reject(Refusal.SUBSET_EMPTY if by_hint else Refusal.NO_REPLICAS, request.model)
 
     def _decision(
         self,
@@ -267,7 +272,7 @@ class Router:
     def _reserve(self, decision: Decision, pool: Pool, ask: Ask, member: Member, now: float) -> None:
         request, prediction = ask.request, decision.prediction
         own_s = work_s(ask, member, prediction.cached_tokens, now)
-        queue_s = member.load.backlog_s(now) / max(member.speed.prefill_factor, 1e-3)
+        queue_s = member.load.backlog_s(now) / member.speed.prefill_factor
         flight = Flight(
             id=decision.flight,
             pool=decision.pool,
@@ -309,7 +314,7 @@ class Router:
         self._ledger.touch(flight, now + self._ttl_s)
         flight.response_bytes = fact.response_bytes
         member = self._pools[flight.pool].fleet.get(flight.address)
-        if member is None or flight.first_token_at is not None:
+        if member is None or not member.load.has(flight) or flight.first_token_at is not None:
             return
         if fact.replica_ttft_s is None:
             member.load.still_prefilling(flight, now)
@@ -325,10 +330,12 @@ class Router:
         """Everything that the end of a flight changes."""
         pool = self._pools[flight.pool]
         member = pool.fleet.get(flight.address)
+        if member is not None and not member.load.has(flight):
+            member = None  # it left and came back meanwhile: another process, which never had the flight
         moved = outcome.served is not None and outcome.served != flight.address
         if member is not None:
             self._leave(member, flight, outcome, moved, now)
-        self._settle_prefix(pool, flight, outcome, moved)
+        self._settle_prefix(pool, flight, outcome)
         self._judge(pool, flight, outcome, moved, now)
         output_tokens = self._learn_tokens(pool, flight, outcome)
         if member is not None and not moved and outcome.end is End.OK:
@@ -336,31 +343,34 @@ class Router:
         self._observer.ended(Ended(flight, outcome, moved, output_tokens))
 
     def _leave(self, member: Member, flight: Flight, outcome: Outcome, moved: bool, now: float) -> None:
-        """Take the flight's load off the replica; a replica that left and came back meanwhile never had it."""
-        if flight.first_token_at is None and outcome.replica_ttft_s is not None and not moved:
+        """Take the flight's load off the replica."""
+        # The first byte of an error says nothing of prefill: learning from it would make a failing replica look fast.
+        if flight.first_token_at is None and outcome.replica_ttft_s is not None and not moved and not _failed(outcome):
             self._first_token(member, flight, outcome.replica_ttft_s, now)
-        if member.load.has(flight):
-            member.load.close(flight, now)
+        member.load.close(flight, now)
 
-    def _settle_prefix(self, pool: Pool, flight: Flight, outcome: Outcome, moved: bool) -> None:
+    def _settle_prefix(self, pool: Pool, flight: Flight, outcome: Outcome) -> None:
         """Where the prompt's blocks lie now: with whoever computed them."""
         index, chosen = pool.index, flight.address
-        computed = outcome.end is End.OK or flight.first_token_at is not None or bool(outcome.response_bytes)
-        if moved or not computed or outcome.end is End.CLIENT_ERROR:
-            index.withdraw(chosen, flight.id)
-        else:
-            index.keep(chosen, flight.id)
-        if moved and outcome.end is End.OK and outcome.served and pool.fleet.get(outcome.served):
-            index.insert(outcome.served, flight.blocks)
+        begun = outcome.end is End.OK or flight.first_token_at is not None or bool(outcome.response_bytes)
+        computed_by = (outcome.served or chosen) if begun and not _failed(outcome) else None
+        if computed_by != chosen:
+            index.withdraw(chosen, flight.blocks, flight.id)
+        # Only of members: the index would keep room for ever for a replica that left while this ran.
+        if flight.blocks.hashes and computed_by is not None and pool.fleet.get(computed_by) is not None:
+            index.keep(computed_by, flight.blocks)
 
     def _judge(self, pool: Pool, flight: Flight, outcome: Outcome, moved: bool, now: float) -> None:
         """Pass over a replica that failed a request until it is heard of again; 4xx is the client's fault, not its."""
-        chosen = pool.fleet.get(flight.address)
-        if chosen is not None and (moved or outcome.end in (End.UNREACHABLE, End.UPSTREAM_ERROR)):
+        chosen, last = pool.fleet.get(flight.address), pool.fleet.get(outcome.served or flight.address)
+        if chosen is not None and moved:
             chosen.failed(now)
-        served = pool.fleet.get(outcome.served) if outcome.served else None
-        if served is not None and outcome.end is End.OK and outcome.duration_s is not None:
-            served.answered(outcome.duration_s, now)
+        if last is None:
+            return
+        if outcome.end in (End.UNREACHABLE, End.UPSTREAM_ERROR):
+            last.failed(now)
+        elif outcome.end is End.OK and outcome.served is not None and outcome.duration_s is not None:
+            last.answered(outcome.duration_s, now)
 
     def _learn_tokens(self, pool: Pool, flight: Flight, outcome: Outcome) -> int | None:
         """Correct the estimates by usage. Returns the output tokens, estimated from the response's size if need be."""
@@ -401,7 +411,22 @@ class Router:
                 yield name, member
 
     def check(self) -> None:
-        """Raise AssertionError if the ledger and the loads disagree; for tests and simulations."""
+        """Raise AssertionError if the ledger, the loads and the index disagree; for tests and simulations."""
         self._ledger.check()
-        for pool in self._pools.values():
+        for name, pool in self._pools.items():
             pool.index.check()
+            assert pool.index.addresses <= {member.address for member in pool.fleet.members}, pool
+            for member in pool.fleet.members:
+                member.load.check()
+                for flight in member.load:
+                    assert self._ledger.get(flight.id) is flight, flight
+                    assert (flight.pool, flight.address) == (name, member.address), flight
+        for flight in self._ledger:
+            at = self._pools[flight.pool].fleet.get(flight.address)
+            # One that joined since then is another process at the same address: it never had the flight.
+            assert at is None or at.load.has(flight) or flight.routed_at <= at.joined_at, flight
+
+
+def _failed(outcome: Outcome) -> bool:
+    """Whether the replica answered with an error instead of running the request. One that broke off later did run it."""
+    return outcome.end is End.CLIENT_ERROR or (outcome.status is not None and outcome.status >= 400)

@@ -10,10 +10,9 @@ from __future__ import annotations
 import math
 from typing import Final
 
-from extproc.core.steptime import StepTime
+from extproc.core.steptime import DEFAULT_BUDGET, StepTime
 
-CHUNK_TOKENS: Final = 8192
-"""vLLM's usual `max_num_batched_tokens` for a server: a longer prefill takes several steps."""
+CHUNK_TOKENS: Final = DEFAULT_BUDGET
 _FACTOR = (0.02, 50.0)
 _BASE_S = (0.0, 1.0)
 _SURPRISE: Final = 8.0
@@ -61,12 +60,14 @@ class Line:
 class Speed:
     """Seconds for prefill and decode on one replica."""
 
-    __slots__ = ("_line", "_log_decode", "prior")
+    __slots__ = ("_line", "_log_decode", "decode_factor", "prior")
 
     def __init__(self, prior: StepTime, base_s: float = 0.01) -> None:
         self.prior = prior
         self._line = Line(base=base_s, factor=1.0)
         self._log_decode = 0.0
+        self.decode_factor = 1.0
+        """Observed time per output token over the prior's."""
 
     def __repr__(self) -> str:
         return f"<speed prefill x{self.prefill_factor:.2f} decode x{self.decode_factor:.2f} base {self.base_s * 1e3:.0f} ms>"
@@ -75,11 +76,6 @@ class Speed:
     def prefill_factor(self) -> float:
         """Observed prefill time over the prior's."""
         return self._line.factor
-
-    @property
-    def decode_factor(self) -> float:
-        """Observed time per output token over the prior's."""
-        return math.exp(self._log_decode)
 
     @property
     def base_s(self) -> float:
@@ -113,3 +109,4 @@ class Speed:
         error = math.log(step_s / expected) - self._log_decode
         self._log_decode += 0.1 * max(min(error, math.log(_SURPRISE)), -math.log(_SURPRISE))
         self._log_decode = max(min(self._log_decode, math.log(_FACTOR[1])), math.log(_FACTOR[0]))
+        self.decode_factor = math.exp(self._log_decode)

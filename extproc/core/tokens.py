@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Final, Generic, TypeVar
 
 from extproc.core.types import Api
@@ -18,7 +19,10 @@ V = TypeVar("V")
 
 
 class Bounded(Generic[K, V]):
-    """A mapping that forgets the least recently used key: names come from clients, so their number has no bound."""
+    """A mapping that forgets the key that was learned longest ago: names come from clients, so their number has no bound.
+
+    Reading leaves the order alone, so that asking what would be decided changes nothing.
+    """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -28,13 +32,12 @@ class Bounded(Generic[K, V]):
         return len(self._items)
 
     def get(self, key: K) -> V | None:
-        if (value := self._items.get(key)) is not None:
-            self._items.move_to_end(key)
-        return value
+        return self._items.get(key)
 
-    def put(self, key: K, value: V) -> V:
+    def learned(self, key: K, new: Callable[[], V]) -> V:
+        """The value to correct, made if there is none yet; the key counts as the most recent."""
+        value = self._items.pop(key, None) or new()
         self._items[key] = value
-        self._items.move_to_end(key)
         if len(self._items) > self._limit:
             self._items.popitem(last=False)
         return value
@@ -77,8 +80,7 @@ class PromptTokens:
         """Correct the model's ratio by one reported usage; ratios that no tokenizer has are left out."""
         if prompt_tokens < 1 or not 0.25 <= prompt_bytes / prompt_tokens <= 64:
             return
-        ratio = self._ratios.get(model) or self._ratios.put(model, Ratio(BYTES_PER_TOKEN, weight=100.0))
-        ratio.learn(prompt_bytes, prompt_tokens)
+        self._ratios.learned(model, lambda: Ratio(BYTES_PER_TOKEN, weight=100.0)).learn(prompt_bytes, prompt_tokens)
 
 
 _BOUNDS: Final = tuple(round(2 ** (i / 2)) for i in range(1, 36))
@@ -139,8 +141,7 @@ class OutputTokens:
 
     def learn(self, model: str | None, api: Api, tenant: str | None, tokens: int) -> None:
         for key in ((model, api), (model, api, tenant)) if tenant else ((model, api),):
-            lengths = self._lengths.get(key) or self._lengths.put(key, Lengths())
-            lengths.learn(tokens)
+            self._lengths.learned(key, Lengths).learn(tokens)
 
 
 _STREAMED_BYTES: Final = 180.0
@@ -163,8 +164,7 @@ class ResponseBytes:
     def learn(self, model: str | None, api: Api, stream: bool, response_bytes: int, tokens: int) -> None:
         if tokens < 1 or response_bytes < tokens:
             return
-        key = (model, api, stream)
-        ratio = self._ratios.get(key) or self._ratios.put(key, Ratio(self._prior(stream), weight=50.0))
+        ratio = self._ratios.learned((model, api, stream), lambda: Ratio(self._prior(stream), weight=50.0))
         ratio.learn(response_bytes, tokens)
 
     @staticmethod

@@ -49,13 +49,13 @@ def text(bootstrap: dict[str, Any], *, as_yaml: bool = False) -> str:
     return json.dumps(bootstrap, indent=2) + "\n"
 
 
-def write(config: Config) -> Path:
-    """Render into `envoy.bootstrap_file`, replaced by rename; YAML where the name ends so, else JSON. Returns the path.
+def write(config: Config, *, baseline: str | None = None, path: Path | None = None) -> Path:
+    """Render into `path`, or else `envoy.bootstrap_file`, replaced by rename; YAML where the name ends so, else JSON.
 
-    Raises BootstrapError.
+    Returns the path. Raises BootstrapError.
     """
-    path = config.envoy.bootstrap_file
-    content = text(render(config), as_yaml=path.suffix in (".yaml", ".yml"))
+    path = path or config.envoy.bootstrap_file
+    content = text(render(config, baseline=baseline), as_yaml=path.suffix in (".yaml", ".yml"))
     try:
         with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             file.write(content)

@@ -66,7 +66,7 @@ MODES = {
 """ProcessingMode.BodySendMode; one that a newer proxy may add is taken for NONE: nothing of its body can be relied on."""
 
 TRAILERS_ARRIVED = TrailersArrived()
-RESPONSES = {p.value: ResponseArrived(p) for p in (Part.RESPONSE_HEADERS, Part.RESPONSE_BODY, Part.RESPONSE_TRAILERS)}
+FULL_DUPLEX = 4
 
 
 class Unreadable(Exception):  # noqa: N818 - says what the message is
@@ -84,12 +84,14 @@ def event(raw: bytes, wanted: frozenset[str] = ALWAYS) -> Event:
         body = request.request_body
         return BodyArrived(body.body, body.end_of_stream)
     if kind == "request_headers":
-        return HeadersArrived(_head(request, wanted), request.request_headers.end_of_stream, _mode(request))
+        end = request.request_headers.end_of_stream
+        return HeadersArrived(_head(request, wanted), end, _mode(request), _duplex_response(request))
     if kind == "request_trailers":
         return TRAILERS_ARRIVED
     if kind is None:
         raise Unreadable("ProcessingRequest about nothing that we know")
-    return RESPONSES[kind]
+    body = request.response_body  # empty for headers and trailers
+    return ResponseArrived(Part(kind), body.body, body.end_of_stream, _duplex_response(request))
 
 
 def _head(request: pb.ProcessingRequest, wanted: frozenset[str]) -> Head:
@@ -114,6 +116,10 @@ def _mode(request: pb.ProcessingRequest) -> Mode:
     mode = MODES.get(config.request_body_mode, Mode.NONE)
     early = mode is Mode.STREAMED and config.send_body_without_waiting_for_header_response
     return Mode.STREAMED_EARLY if early else mode
+
+
+def _duplex_response(request: pb.ProcessingRequest) -> bool:
+    return request.protocol_config.response_body_mode == FULL_DUPLEX
 
 
 def _subset(request: pb.ProcessingRequest) -> frozenset[str] | None:
@@ -194,7 +200,8 @@ def _set_header(mutation: pb.HeaderMutation, key: str, value: str) -> None:
 
 def _echo_body(command: EchoBody) -> bytes:
     response = pb.ProcessingResponse()
-    piece = response.request_body.response.body_mutation.streamed_response
+    body = response.request_body if command.part is Part.BODY else response.response_body
+    piece = body.response.body_mutation.streamed_response
     piece.body = command.data
     piece.end_of_stream = command.end_of_stream
     return response.SerializeToString()

@@ -1,4 +1,4 @@
-"""Membership and health for Envoy: a file of ClusterLoadAssignments that Envoy watches and extproc replaces by rename.
+"""Membership and health for Envoy: a file with a ClusterLoadAssignment that Envoy watches and extproc replaces by rename.
 
 A file and not an xDS stream, so that each of the two can restart alone: Envoy keeps what it read last, and reads it again at its own start.
 """
@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -47,46 +47,79 @@ class Member:
 Members = Mapping[str, Sequence[Member]]
 """Pool name -> its members. A pool without members is listed too: left out, it would keep those it had."""
 
+Host = dict[str, Any]
+"""A member in Envoy's JSON (LbEndpoint)."""
 
-def render(pools: Members, *, version: int = 1) -> bytes:
-    """A DiscoveryResponse in JSON, one member a line. The order of pools and members does not matter to the result."""
-    return _text(_resources(pools), version)
+
+def file_of(endpoints_file: Path, pool: str, pools: Collection[str]) -> Path:
+    """Where the members of a pool are: `endpoints.json` for the only one, `endpoints.<pool>.json` for one of several.
+
+    A file each, because Envoy takes exactly one cluster from a file that it watches, and rejects one that holds more.
+    """
+    if len(pools) == 1:
+        return endpoints_file
+    return endpoints_file.with_name(f"{endpoints_file.stem}.{pool}{endpoints_file.suffix}")
+
+
+def render(pool: str, members: Sequence[Member], *, version: int = 1) -> bytes:
+    """A DiscoveryResponse in JSON with the one cluster of the pool, one member a line, whatever the order of `members`."""
+    return _text(pool, _hosts(members), version)
 
 
 class EndpointsFile:
-    """The file that Envoy watches. One writer; its directory must exist, because Envoy watches that."""
+    """The file that Envoy watches, or one for each of several pools. One writer; the directory must exist, because Envoy watches that."""
 
     def __init__(self, path: Path) -> None:
+        """`path` is `envoy.endpoints_file`."""
         self.path = path
-        stored = _parsed(path)
-        # Continue where the last process stopped: Envoy's `version_text` shall never run backwards.
-        self.version = int(stored["version_info"]) if stored else 0
-        self._resources: list[dict[str, Any]] | None = stored["resources"] if stored else None
+        self._files: dict[str, _PoolFile] = {}
 
     def __repr__(self) -> str:
-        count = sum(len(members) for members in self.read().values())
-        return f"<EndpointsFile {self.path} version {self.version}, {count} members>"
+        return f"<EndpointsFile {self.path}: {', '.join(map(repr, self._files.values())) or 'nothing written yet'}>"
 
     def write(self, pools: Members) -> bool:
-        """Replace the file if the members differ from what it says; whether it was replaced.
+        """Replace the files whose members differ from what they say; whether any was replaced.
 
-        Blocks for one fsync (milliseconds): call it in a thread where an event loop must not wait. Raises EndpointsError, and then
-        the old file still stands and the next call tries again.
+        `pools` has every pool, those without members too. Blocks for an fsync a file (milliseconds), and only when something changed.
+        Raises EndpointsError, and then the old file still stands and the next call tries again.
         """
-        resources = _resources(pools)
-        if resources == self._resources:
+        replaced = [self._file(pool, pools).write(members) for pool, members in pools.items()]
+        return any(replaced)
+
+    def read(self, pools: Collection[str]) -> dict[str, tuple[Member, ...]]:
+        """The members last written, also by an earlier process; a pool without a readable file is left out."""
+        files = {pool: self._file(pool, pools) for pool in pools}
+        return {pool: tuple(map(_member, file.hosts)) for pool, file in files.items() if file.hosts is not None}
+
+    def _file(self, pool: str, pools: Collection[str]) -> _PoolFile:
+        if pool not in self._files:
+            self._files[pool] = _PoolFile(pool, file_of(self.path, pool, pools))
+        return self._files[pool]
+
+
+class _PoolFile:
+    """What the file of one pool says."""
+
+    def __init__(self, pool: str, path: Path) -> None:
+        self.pool = pool
+        self.path = path
+        # Continue where the last process stopped: a version shall never run backwards.
+        self.version, self.hosts = _stored(path)
+
+    def __repr__(self) -> str:
+        return f"{self.pool} version {self.version}, {len(self.hosts or ())} members"
+
+    def write(self, members: Sequence[Member]) -> bool:
+        hosts = _hosts(members)
+        if hosts == self.hosts:
             return False
         try:
-            _replace(self.path, _text(resources, self.version + 1))
+            _replace(self.path, _text(self.pool, hosts, self.version + 1))
         except OSError as e:
             raise EndpointsError(_remedy(self.path, e)) from e
         self.version += 1
-        self._resources = resources
+        self.hosts = hosts
         return True
-
-    def read(self) -> dict[str, tuple[Member, ...]]:
-        """The members last written, also by an earlier process; empty when there is no readable file."""
-        return {_pool(r["cluster_name"]): tuple(map(_member, _hosts(r))) for r in self._resources or ()}
 
 
 def fixed_members(config: Config) -> dict[str, tuple[Member, ...]]:
@@ -95,37 +128,30 @@ def fixed_members(config: Config) -> dict[str, tuple[Member, ...]]:
 
 
 def create_if_missing(config: Config) -> bool:
-    """Write the file from the fixed replicas unless there is one; whether it was written.
+    """Write the files that are missing from the fixed replicas; whether there was one to write.
 
-    Envoy refuses to start without the file. An existing one is kept: it may know more than the configuration does. Raises EndpointsError.
+    Envoy refuses to start without them. An existing one is kept: it may know more than the configuration does. Raises EndpointsError.
     """
-    path = config.envoy.endpoints_file
-    return not path.exists() and EndpointsFile(path).write(fixed_members(config))
+    members = fixed_members(config)
+    paths = {pool: file_of(config.envoy.endpoints_file, pool, members) for pool in members}
+    missing = [pool for pool, path in paths.items() if not path.exists()]
+    written = [_PoolFile(pool, paths[pool]).write(members[pool]) for pool in missing]
+    return any(written)
 
 
-def _text(resources: list[dict[str, Any]], version: int) -> bytes:
+def _text(pool: str, hosts: list[Host], version: int) -> bytes:
     """By hand around `json`, so that a person can read it and `diff` shows members."""
-    blocks = []
-    for r in resources:
-        hosts = ",\n".join(f"      {json.dumps(host)}" for host in _hosts(r))
-        head = f'"@type": "{r["@type"]}", "cluster_name": {json.dumps(r["cluster_name"])}'
-        blocks.append(f'    {{{head}, "endpoints": [{{"lb_endpoints": [\n{hosts}\n    ]}}]}}')
-    listed = ",\n".join(blocks)
-    return f'{{\n  "version_info": "{version}",\n  "resources": [\n{listed}\n  ]\n}}\n'.encode()
+    head = f'"@type": "{ASSIGNMENT}", "cluster_name": {json.dumps(names.cluster_name(pool))}'
+    listed = ",\n".join(f"    {json.dumps(host)}" for host in hosts)
+    resource = f'{{{head}, "endpoints": [{{"lb_endpoints": [\n{listed}\n  ]}}]}}'
+    return f'{{"version_info": "{version}", "resources": [\n  {resource}\n]}}\n'.encode()
 
 
-def _resources(pools: Members) -> list[dict[str, Any]]:
-    return [
-        {
-            "@type": ASSIGNMENT,
-            "cluster_name": names.cluster_name(pool),
-            "endpoints": [{"lb_endpoints": [_host(m) for m in sorted(members, key=lambda m: m.address)]}],
-        }
-        for pool, members in sorted(pools.items())
-    ]
+def _hosts(members: Sequence[Member]) -> list[Host]:
+    return [_host(m) for m in sorted(members, key=lambda m: m.address)]
 
 
-def _host(member: Member) -> dict[str, Any]:
+def _host(member: Member) -> Host:
     ip, _, port = member.address.rpartition(":")
     at = {"address": ip.removeprefix("[").removesuffix("]"), "port_value": int(port)}
     return {
@@ -140,31 +166,23 @@ def _whole(weight: float) -> int:
     return min(max(1, round(weight * 100)), 4_000_000)
 
 
-def _hosts(resource: dict[str, Any]) -> list[dict[str, Any]]:
-    return [host for group in resource["endpoints"] for host in group["lb_endpoints"]]
-
-
-def _member(host: dict[str, Any]) -> Member:
+def _member(host: Host) -> Member:
     at = host["endpoint"]["address"]["socket_address"]
     ip = f"[{at['address']}]" if ":" in at["address"] else at["address"]
     return Member(f"{ip}:{at['port_value']}", Health(host["health_status"]), host["load_balancing_weight"] / 100)
 
 
-def _pool(cluster: str) -> str:
-    return cluster.removeprefix(names.cluster_name(""))
-
-
-def _parsed(path: Path) -> dict[str, Any] | None:
-    """What an earlier process wrote; None for no file, or one that we did not write."""
+def _stored(path: Path) -> tuple[int, list[Host] | None]:
+    """Version and members that an earlier process wrote; (0, None) for no file, or one that we did not write."""
     try:
-        stored: dict[str, Any] = json.loads(path.read_bytes())
-        int(stored["version_info"])
-        for resource in stored["resources"]:
-            _pool(resource["cluster_name"])
-            list(map(_member, _hosts(resource)))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return stored
+        stored = json.loads(path.read_bytes())
+        hosts: list[Host] = stored["resources"][0]["endpoints"][0]["lb_endpoints"]
+        version = int(stored["version_info"])
+        for host in hosts:
+            _member(host)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return 0, None
+    return version, hosts
 
 
 def _replace(path: Path, text: bytes) -> None:

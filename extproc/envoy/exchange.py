@@ -3,13 +3,17 @@
 Events go in by `Exchange.on`, commands come out. A state is a method, a transition an assignment, and `LEGAL` says which event may come when.
 `Decide` leaves the machine and `Decided` comes back, so time may pass in between.
 
-What Envoy is configured to send (`Mode`) decides the path:
+What the proxy is configured to send (`Mode`) decides the path:
 
-1. Headers that end the request, paths that are not read, and modes that never bring the whole body: decide on the headers, answer in them, close.
-2. BUFFERED: let the headers pass, decide on the one body message, answer in it, close. An RPC that stayed open would hold the request hostage:
-   Envoy keeps it until the response ends, and a restart of this process would cut that response.
-3. FULL_DUPLEX_STREAMED: hold the headers until the body is complete, answer them, give the body back in pieces, close.
+1. Headers that end the request, paths that are not read, modes that never bring the whole body: decide on the headers and answer in them.
+2. BUFFERED: let the headers pass, decide on the one body message, answer in it.
+3. FULL_DUPLEX_STREAMED: hold the headers until the body is complete, answer them, give the body back in pieces.
 4. STREAMED that does not wait for the header answer: hold the headers as in 3, then wave each body message through.
+
+Then the RPC ends: one that stayed open would hold the response hostage, for Envoy keeps it until the response ends, and a restart of this process
+would cut that response. Two things must come before. Where body messages may still be under way each is answered, because Envoy 1.40 sends
+the body twice to the replica when an RPC ends over unanswered pieces. And where the proxy streams the response through us as well
+(an end then loses the response) all of it is given back.
 """
 
 from __future__ import annotations
@@ -86,7 +90,14 @@ class Refuse:
     error: HttpError
 
 
-Answer = Steer | Refuse
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """Let the request go unrouted: the choice failed, which is no reason for the request to fail."""
+
+
+Answer = Steer | Refuse | Pass
+
+PASS = Pass()
 
 
 # --- events -----------------------------------------------------------------------------------------------------------
@@ -97,6 +108,8 @@ class HeadersArrived:
     head: Head
     end_of_stream: bool = False
     mode: Mode = Mode.UNTOLD
+    duplex_response: bool = False
+    """The proxy streams the response through us, and has it only from us."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +125,13 @@ class TrailersArrived:
 
 @dataclass(frozen=True, slots=True)
 class ResponseArrived:
-    """A part of the response, which we never asked for."""
+    """A part of the response, in which we take no interest."""
 
     part: Part
+    data: bytes = b""
+    end_of_stream: bool = False
+    duplex: bool = False
+    """This message, the first of its stream, says what `duplex_response` says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +141,11 @@ class Decided:
 
 @dataclass(frozen=True, slots=True)
 class Delivered:
-    """The answer that names the flight is on its way: from now on the access log tells how the flight ends."""
+    """The answer that names the flight goes to the proxy: from now on the access log tells how the flight ends.
+
+    Said before the answer is written. Proxies end the RPC as soon as they have what they need, often before our write returns, so
+    a write that is cut off has mostly arrived; taking it for lost would close flights that are in the air.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,10 +192,11 @@ class SetDestination:
 
 @dataclass(frozen=True, slots=True)
 class EchoBody:
-    """Give back a piece of the body, which the proxy no longer has."""
+    """Give back a piece of a body, which the proxy no longer has."""
 
     data: bytes
     end_of_stream: bool
+    part: Part = Part.BODY
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,31 +246,46 @@ class Rules:
 
 
 LEGAL: Mapping[str, frozenset[type[Event]]] = {
-    "starting": frozenset({HeadersArrived, ResponseArrived, Ended}),
+    "starting": frozenset({HeadersArrived, BodyArrived, TrailersArrived, ResponseArrived, Ended}),
     "buffering": frozenset({BodyArrived, TrailersArrived, ResponseArrived, Ended}),
     "holding": frozenset({BodyArrived, TrailersArrived, ResponseArrived, Ended}),
     "deciding": frozenset({Decided, Ended}),  # nothing is read meanwhile: gRPC's flow control holds what streams on
     "orphaned": frozenset({Decided}),
-    "echoing": frozenset({Delivered, BodyArrived, TrailersArrived, ResponseArrived, Ended}),
+    "passing": frozenset({Delivered, BodyArrived, TrailersArrived, ResponseArrived, Ended}),
+    "responding": frozenset({Delivered, BodyArrived, TrailersArrived, ResponseArrived, Ended}),
     "over": frozenset({Delivered, HeadersArrived, BodyArrived, TrailersArrived, ResponseArrived, Ended}),
 }
 """Which event may come in which state."""
 
 WHOLE_BODY = frozenset({Mode.BUFFERED, Mode.UNTOLD, Mode.FULL_DUPLEX, Mode.STREAMED_EARLY})
 """Modes under which all of the body is here before the request must move on."""
+PIECEMEAL = frozenset({Mode.STREAMED, Mode.STREAMED_EARLY, Mode.BUFFERED_PARTIAL, Mode.FULL_DUPLEX})
+"""Modes under which body messages come after, or beside, an early header answer."""
 
 
 class Exchange:
     """One stream, from its headers to its close."""
 
-    __slots__ = ("_chunks", "_flight", "_head", "_mode", "_rules", "_size", "_state", "_then", "_trailers")
+    __slots__ = (
+        "_chunks",
+        "_duplex_response",
+        "_flight",
+        "_head",
+        "_mode",
+        "_rules",
+        "_size",
+        "_state",
+        "_then",
+        "_trailers",
+    )
 
     def __init__(self, rules: Rules) -> None:
         self._rules = rules
         self._state: Callable[[Event], Commands] = self.starting
-        self._then: Callable[[Steer], Commands] = self._close_with_headers
+        self._then: Callable[[Steer | None], Commands] = self._end_with_headers
         self._head = Head()
         self._mode = Mode.UNTOLD
+        self._duplex_response = False
         self._chunks: list[bytes] = []  # one for each body message
         self._size = 0
         self._trailers = False
@@ -268,14 +305,15 @@ class Exchange:
     def starting(self, event: Event) -> Commands:
         """Nothing has come yet."""
         if not isinstance(event, HeadersArrived):
-            return self._aside(event)
-        self._head, self._mode = event.head, event.mode
+            self._state = self.passing  # a proxy that sends no headers: Envoy would ignore a pick in later parts
+            return self.passing(event)
+        self._head, self._mode, self._duplex_response = event.head, event.mode, event.duplex_response
         if event.end_of_stream or event.mode not in WHOLE_BODY or not self._rules.reads(event.head):
-            echoes = event.mode is Mode.FULL_DUPLEX and not event.end_of_stream
-            return self._decide(None, then=self._echo_on if echoes else self._close_with_headers)
+            more = event.mode in PIECEMEAL and not event.end_of_stream
+            return self._decide(None, then=self._pass_on if more else self._end_with_headers)
         if (event.head.content_length or 0) > self._rules.max_body_bytes:
             return self._refuse_size()
-        if event.mode in (Mode.FULL_DUPLEX, Mode.STREAMED_EARLY):
+        if event.mode in PIECEMEAL:
             self._state = self.holding
             return ()
         self._state = self.buffering
@@ -289,9 +327,9 @@ class Exchange:
             # Trailers may follow a complete body, so its end of stream is not always set. A proxy that does not tell its
             # mode may be streaming, though, and half a prompt would be refused as broken JSON: route it unread.
             known = self._mode is Mode.BUFFERED or event.end_of_stream
-            return self._decide(event.data if known else None, then=self._close_with_body, rewritable=known)
+            return self._decide(event.data if known else None, then=self._end_with_body, rewritable=known)
         if isinstance(event, TrailersArrived):
-            return self._decide(b"", then=self._close_with_trailers)
+            return self._decide(b"", then=self._end_with_trailers)
         return self._aside(event)
 
     def holding(self, event: Event) -> Commands:
@@ -310,9 +348,11 @@ class Exchange:
         if not isinstance(event, Decided):
             self._state = self.orphaned
             return ()
-        self._state = self.over
         if isinstance(event.answer, Refuse):
+            self._state = self.over
             return (Respond(event.answer.error), CLOSE)
+        if isinstance(event.answer, Pass):
+            return self._then(None)
         self._flight = event.answer.flight
         return self._then(event.answer)
 
@@ -322,13 +362,19 @@ class Exchange:
         self._state = self.over
         return (Abandon(event.answer.flight),) if isinstance(event.answer, Steer) else ()
 
-    def echoing(self, event: Event) -> Commands:
-        """The request moves on; its body, of no interest, is given back as it comes."""
+    def passing(self, event: Event) -> Commands:
+        """The headers are answered; the body is of no interest, but each of its messages waits for an answer."""
         if isinstance(event, BodyArrived):
-            return (*_echo(event.data, event.end_of_stream), *self._over_if(event.end_of_stream))
+            # Of a partial body there is just this message; the rest passes without us.
+            end = event.end_of_stream or self._mode is Mode.BUFFERED_PARTIAL
+            return (*self._give(event.data, event.end_of_stream), *(self._finish() if end else ()))
         if isinstance(event, TrailersArrived):
-            return (Continue(Part.TRAILERS), *self._over_if(True))
+            return (Continue(Part.TRAILERS), *self._finish())
         return self._aside(event)
+
+    def responding(self, event: Event) -> Commands:
+        """The request is done, and a repeated last piece of it is ignored; the response goes through us."""
+        return () if isinstance(event, BodyArrived | TrailersArrived) else self._aside(event)
 
     def over(self, event: Event) -> Commands:
         """All is said. Proxies have been seen to repeat the last piece of a body: nothing is answered twice."""
@@ -339,6 +385,9 @@ class Exchange:
     def _aside(self, event: Event) -> Commands:
         """What means the same in every state."""
         if isinstance(event, ResponseArrived):
+            self._duplex_response = self._duplex_response or event.duplex
+            if self._duplex_response and event.part is Part.RESPONSE_BODY:
+                return _echo(event.data, event.end_of_stream, event.part)
             return (Continue(event.part),)
         flight, self._flight = self._flight, None
         if isinstance(event, Delivered):
@@ -357,51 +406,61 @@ class Exchange:
         self._chunks.clear()
         return (Respond(self._rules.too_large), CLOSE)
 
-    def _over_if(self, end: bool) -> Commands:
-        if not end:
-            return ()
-        self._state = self.over
-        return (CLOSE,)
+    def _finish(self) -> Commands:
+        """The request is done."""
+        self._chunks.clear()
+        self._state = self.responding if self._duplex_response else self.over
+        return () if self._duplex_response else (CLOSE,)
 
-    def _decide(self, body: bytes | None, then: Callable[[Steer], Commands], rewritable: bool = False) -> Commands:
+    def _decide(
+        self, body: bytes | None, then: Callable[[Steer | None], Commands], rewritable: bool = False
+    ) -> Commands:
         self._state, self._then = self.deciding, then
         return (Decide(self._head, body, rewritable),)
 
     def _decide_on_all(self) -> Commands:
-        duplex = self._mode is Mode.FULL_DUPLEX
         body = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
-        return self._decide(body, then=self._give_back if duplex else self._wave_through, rewritable=duplex)
+        return self._decide(body, then=self._give_back, rewritable=self._mode is Mode.FULL_DUPLEX)
 
-    # --- what follows the decision ---
+    def _give(self, data: bytes, end: bool) -> Commands:
+        """Answer one body message."""
+        return _echo(data, end) if self._mode is Mode.FULL_DUPLEX else (Continue(Part.BODY),)
 
-    def _close_with_headers(self, steer: Steer) -> Commands:
-        return (SetDestination(Part.HEADERS, steer, in_header=self._mode is Mode.FULL_DUPLEX), CLOSE)
+    # --- what follows the decision: None is an unrouted request ---
 
-    def _close_with_body(self, steer: Steer) -> Commands:
-        return (SetDestination(Part.BODY, steer), CLOSE)
+    def _steer(self, part: Part, steer: Steer | None) -> Command:
+        if steer is None:
+            return Continue(part)
+        return SetDestination(part, steer, in_header=self._mode is Mode.FULL_DUPLEX and part is Part.HEADERS)
 
-    def _close_with_trailers(self, steer: Steer) -> Commands:
-        return (SetDestination(Part.TRAILERS, steer), CLOSE)
+    def _end_with_headers(self, steer: Steer | None) -> Commands:
+        return (self._steer(Part.HEADERS, steer), *self._finish())
 
-    def _echo_on(self, steer: Steer) -> Commands:
-        self._state = self.echoing
-        return (SetDestination(Part.HEADERS, steer, in_header=True),)
+    def _end_with_body(self, steer: Steer | None) -> Commands:
+        return (self._steer(Part.BODY, steer), *self._finish())
 
-    def _give_back(self, steer: Steer) -> Commands:
-        body = steer.body if steer.body is not None else b"".join(self._chunks)
+    def _end_with_trailers(self, steer: Steer | None) -> Commands:
+        return (self._steer(Part.TRAILERS, steer), *self._finish())
+
+    def _pass_on(self, steer: Steer | None) -> Commands:
+        self._state = self.passing
+        return (self._steer(Part.HEADERS, steer),)
+
+    def _give_back(self, steer: Steer | None) -> Commands:
+        """Headers, the whole body, trailers, as far as they came."""
+        headers = self._steer(Part.HEADERS, steer)
+        if self._mode is Mode.FULL_DUPLEX:
+            new = steer.body if steer is not None else None
+            body = _echo(b"".join(self._chunks) if new is None else new, end=not self._trailers)
+        else:
+            body = (Continue(Part.BODY),) * len(self._chunks)
         trailers = (Continue(Part.TRAILERS),) if self._trailers else ()
-        echo = _echo(body, end=not self._trailers)
-        return (SetDestination(Part.HEADERS, steer, in_header=True), *echo, *trailers, CLOSE)
-
-    def _wave_through(self, steer: Steer) -> Commands:
-        bodies = (Continue(Part.BODY),) * len(self._chunks)
-        trailers = (Continue(Part.TRAILERS),) if self._trailers else ()
-        return (SetDestination(Part.HEADERS, steer), *bodies, *trailers, CLOSE)
+        return (headers, *body, *trailers, *self._finish())
 
 
-def _echo(body: bytes, end: bool) -> Commands:
+def _echo(body: bytes, end: bool, part: Part = Part.BODY) -> Commands:
     """The body in pieces, with the end of stream on the last; none for an empty body that does not end the stream."""
     if not body:
-        return (EchoBody(b"", True),) if end else ()
+        return (EchoBody(b"", True, part),) if end else ()
     last = (len(body) - 1) // CHUNK_BYTES * CHUNK_BYTES
-    return [EchoBody(body[at : at + CHUNK_BYTES], end and at == last) for at in range(0, last + 1, CHUNK_BYTES)]
+    return [EchoBody(body[at : at + CHUNK_BYTES], end and at == last, part) for at in range(0, last + 1, CHUNK_BYTES)]

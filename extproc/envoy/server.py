@@ -18,6 +18,7 @@ from extproc.envoy.access_log import LogCounts, Sink, deliver
 from extproc.envoy.exchange import (
     DELIVERED,
     ENDED,
+    PASS,
     Abandon,
     Close,
     Commands,
@@ -53,11 +54,11 @@ class StreamCounts:
     refused: int = 0
     """Answered by us with an error."""
     abandoned: int = 0
-    """Decided, but the client had left."""
+    """Decided, but the client had left before the answer was sent."""
     unexpected: int = 0
     """Ended early because the proxy sent what cannot be read or cannot come; the request passed unrouted."""
     failed: int = 0
-    """Ended early by a mistake of ours; the request passed unrouted."""
+    """A mistake of ours; the request passed unrouted."""
 
 
 class Complaints:
@@ -77,7 +78,15 @@ class Complaints:
 class Server:
     """The three gRPC services on one address."""
 
-    def __init__(self, config: Config, intake: Intake, log_sink: Sink, clock: Clock) -> None:
+    def __init__(
+        self,
+        config: Config,
+        intake: Intake,
+        log_sink: Sink,
+        clock: Clock,
+        on_decided: Callable[[float], None] = lambda _seconds: None,
+    ) -> None:
+        """`on_decided` gets the seconds that each decision took, the reading of the body included."""
         self._address = config.listen.grpc
         self._limit = config.requests.max_body_bytes + HEADROOM_BYTES
         self._intake = intake
@@ -85,6 +94,7 @@ class Server:
         self._wanted = codec.ALWAYS | intake.headers
         self._sink = log_sink
         self._clock = clock
+        self._on_decided = on_decided
         self._complaints = Complaints(clock)
         self._logs_open: set[asyncio.Task[Any]] = set()
         self._server: Any = None
@@ -143,16 +153,24 @@ class Server:
                 return True
             if isinstance(command, Decide):
                 return await self._perform(self._decided(command, exchange), exchange, context)
-            await context.write(codec.answer(command))
+            message = codec.answer(command)
             if isinstance(command, SetDestination):
                 self.streams.steered += 1
                 exchange.on(DELIVERED)
             elif isinstance(command, Respond):
                 self.streams.refused += 1
+            await context.write(message)
         return False
 
     def _decided(self, command: Decide, exchange: Exchange) -> Commands:
-        answer = self._intake.decide(command.head, command.body, self._clock(), command.rewritable)
+        began = self._clock()
+        try:
+            answer = self._intake.decide(command.head, command.body, began, command.rewritable)
+            self._on_decided(self._clock() - began)
+        except Exception as e:
+            self.streams.failed += 1
+            self._complaints.about("a decision failed; the request passes unrouted", repr(e), trace=True)
+            answer = PASS
         return exchange.on(Decided(answer))
 
     def _abandon(self, commands: Commands) -> None:

@@ -73,7 +73,7 @@ class Token(NamedTuple):
     """One generated token."""
 
     id: RequestId
-    index: int
+    position: int
     """0 for the first."""
     first: bool
     finished: bool
@@ -146,8 +146,8 @@ class Emitted:
 
     def inner_tokens(self) -> Iterator[Token]:
         for seq in self.inner:
-            index = self.steps + seq.offset - seq.request.prompt_tokens
-            yield Token(seq.request.id, index, False, False, seq.cached or 0)
+            position = self.steps + seq.offset - seq.request.prompt_tokens
+            yield Token(seq.request.id, position, False, False, seq.cached or 0)
 
     def __len__(self) -> int:
         return len(self.edges) + len(self.inner)
@@ -239,6 +239,17 @@ class Engine:
     def kv_usage(self) -> float:
         """Share of blocks that sequences use; cached blocks without a user do not count."""
         return self.pool.used / self.pool.num_blocks
+
+    def check(self) -> None:
+        """Raises AssertionError where the books do not balance; for tests and the end of a simulation."""
+        running, steps = self._running.values(), self.counters.steps
+        private = sum(s.blocks - s.registered for s in running)
+        assert self.pool.blank >= 0
+        assert len(self.pool.held) + private + self.pool.free == self.pool.num_blocks
+        assert all(users > 0 for users in self.pool.held.values())
+        assert sum(self.pool.held.values()) == sum(s.registered for s in running)
+        assert self._decoding.kv_tokens == sum(steps + s.offset for s in self._decoding.sequences.values())
+        assert len(self._sequences) == self.running + self.waiting
 
     # --- in and out ---------------------------------------------------------------------------------------------------
 

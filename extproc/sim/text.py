@@ -55,7 +55,9 @@ def _part(part: Any) -> str:
         return part
     if isinstance(part, dict) and isinstance(text := part.get("text"), str):
         return text
-    return "" if part is None else xxhash.xxh3_64_hexdigest(json.dumps(part).encode()) * (MEDIA_TOKENS * TOKEN_BYTES // 16)
+    return (
+        "" if part is None else xxhash.xxh3_64_hexdigest(json.dumps(part).encode()) * (MEDIA_TOKENS * TOKEN_BYTES // 16)
+    )
 
 
 def block_hashes(tokens: bytes, block_size: int, model: str, salt: str) -> list[int]:

@@ -163,4 +163,3 @@ def _integer(body: Body, field: str) -> int | None:
     if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
         raise vllm_errors.wrong_type(field)
     return value
-

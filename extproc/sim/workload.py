@@ -58,8 +58,10 @@ class Workload(Section):
     """Shortest and longest system prompt in tokens; each group draws its own between them."""
     user_tokens: Lengths = Lengths(median=200, sigma=0.8, max=2000)
     """What the user says in one turn."""
-    output_tokens: Lengths = Lengths(median=80, sigma=0.6, max=400)
-    """What is asked for as `max_tokens`; the simulated replica generates all of it."""
+    output_tokens: float = Field(default=80, ge=1)
+    """Mean length of answers. The simulated replica draws each from the prompt alone (log-normal), so both runs of a comparison get the same, and nobody can read it from the request."""
+    max_tokens: int = Field(default=400, ge=1)
+    """What requests allow."""
     seed: int = 1
     """Same seed, same sessions."""
 
@@ -122,9 +124,9 @@ def _system(workload: Workload, group: int) -> str:
 def _turns(workload: Workload, number: int) -> Iterator[Turn]:
     rng = _random(workload, f"session/{number}")
     for turn in range(workload.turns):
-        user, output = _draw(rng, workload.user_tokens), _draw(rng, workload.output_tokens)
+        said = text(rng, _draw(rng, workload.user_tokens))
         think_s = rng.expovariate(1.0) * workload.think_s
-        yield Turn(text(rng, user), output, think_s if turn else 0.0)
+        yield Turn(said, workload.max_tokens, think_s if turn else 0.0)
 
 
 def _draw(rng: Random, lengths: Lengths) -> int:

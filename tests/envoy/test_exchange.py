@@ -57,8 +57,8 @@ def test_every_state_is_told_what_may_come() -> None:
 @pytest.mark.parametrize(
     ("events", "message"),
     [
-        ((BodyArrived(b""),), "BodyArrived while starting"),
-        ((TrailersArrived(),), "TrailersArrived while starting"),
+        ((DELIVERED,), "Delivered while starting"),
+        ((BodyArrived(b""), HeadersArrived(CHAT)), "HeadersArrived while passing"),
         ((HeadersArrived(CHAT, mode=Mode.BUFFERED),) * 2, "HeadersArrived while buffering"),
         ((HeadersArrived(CHAT, mode=Mode.FULL_DUPLEX), Decided(STEER)), "Decided while holding"),
         ((HeadersArrived(TOKENIZE), BodyArrived(b"")), "BodyArrived while deciding"),

@@ -6,12 +6,12 @@ import asyncio
 import json
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import aiohttp
 import pytest
+import pytest_asyncio
 from aiohttp import web
 
 from extproc.config import Config
@@ -21,7 +21,7 @@ from tests.support.backend import Backend, stream
 from tests.support.envoy import EnvoyProcess
 from tests.support.waiting import until
 
-pytestmark = pytest.mark.envoy
+pytestmark = [pytest.mark.envoy, pytest.mark.asyncio(loop_scope="module")]
 
 
 def event(**fields: Any) -> bytes:
@@ -49,11 +49,13 @@ Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @dataclass
 class Proxy:
-    """Envoy before a replica that answers with the pieces that the test lists under the path's number."""
+    """Envoy before a replica that answers as the test says; the path of a request is the number of its answer."""
 
     config: Config
     client: aiohttp.ClientSession
     answers: list[Answer]
+    first: int = 0
+    """Number of the first answer of this test."""
 
     async def ask(self, answer: Answer, headers: dict[str, str]) -> bytes:
         async with self.open(answer, headers) as response:
@@ -69,30 +71,35 @@ class Proxy:
         return await self.ask(lambda r: stream(r, pieces, gap_s=gap_s), STRIP_ON)
 
     async def counted(self) -> list[tuple[int | None, int | None, int | None]]:
-        """What Envoy noted of each request, in the order in which they ended."""
+        """Prompt, completion and cached tokens that Envoy noted of each request of this test, in the order of their end."""
 
-        def lines() -> list[str]:
+        def entries() -> list[dict[str, Any]]:
             path = self.config.envoy.access_log
             assert path is not None
-            return path.read_text().splitlines() if path.exists() else []
+            lines = path.read_text().splitlines() if path.exists() else []
+            return [e for e in map(json.loads, lines) if int(e["path"][1:]) >= self.first]
 
-        await until(lambda: len(lines()) == len(self.answers))
-        entries = [json.loads(line) for line in lines()]
-        return [(e["prompt_tokens"], e["completion_tokens"], e["cached_tokens"]) for e in entries]
+        await until(lambda: len(entries()) == len(self.answers) - self.first)
+        return [(e["prompt_tokens"], e["completion_tokens"], e["cached_tokens"]) for e in entries()]
 
 
-@pytest.fixture
-async def proxy(tmp_path: Path) -> AsyncIterator[Proxy]:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Proxy]:
     answers: list[Answer] = []
 
     async def answer(request: web.Request) -> web.StreamResponse:
         return await answers[int(request.path[1:])](request)
 
     async with Backend(answer) as backend:
-        config = steering.config(tmp_path, backend.address, progress_interval_s=None)
+        config = steering.config(tmp_path_factory.mktemp("envoy"), backend.address, progress_interval_s=None)
         everything = aiohttp.TCPConnector(limit=0)
         async with EnvoyProcess(steering.steered(config)), aiohttp.ClientSession(connector=everything) as client:
             yield Proxy(config, client, answers)
+
+
+@pytest.fixture
+def proxy(shared: Proxy) -> Proxy:
+    return replace(shared, first=len(shared.answers))
 
 
 async def test_the_usage_event_goes_wherever_the_stream_is_cut(proxy: Proxy) -> None:

@@ -13,6 +13,7 @@ from extproc.envoy.exchange import (
     CLOSE,
     DELIVERED,
     ENDED,
+    PASS,
     Abandon,
     BodyArrived,
     Command,
@@ -332,20 +333,54 @@ SCRIPTS: Mapping[str, Script] = {
         << Continue(Part.TRAILERS)
         << CLOSE
     ),
+    "streamed early, a path that is not read": (
+        Script()
+        >> HeadersArrived(TOKENIZE, mode=Mode.STREAMED_EARLY)
+        << Decide(TOKENIZE, None)
+        >> Decided(STEER)
+        << SetDestination(Part.HEADERS, STEER)
+        >> DELIVERED
+        >> BodyArrived(b"a")
+        << Continue(Part.BODY)
+        >> BodyArrived(b"b", end_of_stream=True)
+        << Continue(Part.BODY)
+        << CLOSE
+    ),
     "streamed: the body waits for the header answer, so its size is all there is": (
         Script()
         >> HeadersArrived(SIZED, mode=Mode.STREAMED)
         << Decide(SIZED, None)
         >> Decided(STEER)
         << SetDestination(Part.HEADERS, STEER)
+        >> DELIVERED
+        >> BodyArrived(b"{")
+        << Continue(Part.BODY)
+        >> BodyArrived(b"}", end_of_stream=True)
+        << Continue(Part.BODY)
         << CLOSE
     ),
-    "buffered partial: part of a body is not read": (
+    "streamed, with trailers": (
+        Script()
+        >> HeadersArrived(SIZED, mode=Mode.STREAMED)
+        << Decide(SIZED, None)
+        >> Decided(STEER)
+        << SetDestination(Part.HEADERS, STEER)
+        >> DELIVERED
+        >> BodyArrived(b"{}")
+        << Continue(Part.BODY)
+        >> TrailersArrived()
+        << Continue(Part.TRAILERS)
+        << CLOSE
+    ),
+    "buffered partial: part of a body is not read, and comes once": (
         Script()
         >> HeadersArrived(SIZED, mode=Mode.BUFFERED_PARTIAL)
         << Decide(SIZED, None)
         >> Decided(STEER)
         << SetDestination(Part.HEADERS, STEER)
+        >> DELIVERED
+        >> BodyArrived(b"{")
+        << Continue(Part.BODY)
         << CLOSE
     ),
     "no body sent": (
@@ -355,6 +390,75 @@ SCRIPTS: Mapping[str, Script] = {
         >> Decided(STEER)
         << SetDestination(Part.HEADERS, STEER)
         << CLOSE
+    ),
+    "the choice failed, buffered: the request passes": (
+        Script()
+        >> HeadersArrived(CHAT, mode=Mode.BUFFERED)
+        << Continue(Part.HEADERS)
+        >> BodyArrived(b"{}", end_of_stream=True)
+        << Decide(CHAT, b"{}", rewritable=True)
+        >> Decided(PASS)
+        << Continue(Part.BODY)
+        << CLOSE
+    ),
+    "the choice failed, full duplex: the request passes with its body": (
+        Script()
+        >> HeadersArrived(CHAT, mode=Mode.FULL_DUPLEX)
+        >> BodyArrived(b"{}", end_of_stream=True)
+        << Decide(CHAT, b"{}", rewritable=True)
+        >> Decided(PASS)
+        << Continue(Part.HEADERS)
+        << EchoBody(b"{}", end_of_stream=True)
+        << CLOSE
+    ),
+    "a body comes first: the proxy sends no headers, so nothing can be chosen": (
+        Script()
+        >> BodyArrived(b"a")
+        << Continue(Part.BODY)
+        >> BodyArrived(b"b", end_of_stream=True)
+        << Continue(Part.BODY)
+        << CLOSE
+    ),
+    "full duplex both ways: the response is given back too": (
+        Script()
+        >> HeadersArrived(CHAT, mode=Mode.FULL_DUPLEX, duplex_response=True)
+        >> BodyArrived(b"{}", end_of_stream=True)
+        << Decide(CHAT, b"{}", rewritable=True)
+        >> Decided(STEER)
+        << SetDestination(Part.HEADERS, STEER, in_header=True)
+        << EchoBody(b"{}", end_of_stream=True)
+        >> DELIVERED
+        >> BodyArrived(b"", end_of_stream=True)
+        >> ResponseArrived(Part.RESPONSE_HEADERS)
+        << Continue(Part.RESPONSE_HEADERS)
+        >> ResponseArrived(Part.RESPONSE_BODY, b"data: 1")
+        << EchoBody(b"data: 1", end_of_stream=False, part=Part.RESPONSE_BODY)
+        >> ResponseArrived(Part.RESPONSE_BODY, b"", end_of_stream=True)
+        << EchoBody(b"", end_of_stream=True, part=Part.RESPONSE_BODY)
+        >> ENDED
+    ),
+    "no body, and the response comes full duplex with trailers": (
+        Script()
+        >> HeadersArrived(MODELS, end_of_stream=True, mode=Mode.FULL_DUPLEX, duplex_response=True)
+        << Decide(MODELS, None)
+        >> Decided(STEER)
+        << SetDestination(Part.HEADERS, STEER, in_header=True)
+        >> DELIVERED
+        >> ResponseArrived(Part.RESPONSE_HEADERS)
+        << Continue(Part.RESPONSE_HEADERS)
+        >> ResponseArrived(Part.RESPONSE_BODY, b"{}")
+        << EchoBody(b"{}", end_of_stream=False, part=Part.RESPONSE_BODY)
+        >> ResponseArrived(Part.RESPONSE_TRAILERS)
+        << Continue(Part.RESPONSE_TRAILERS)
+        >> ENDED
+    ),
+    "a response comes first, full duplex": (
+        Script()
+        >> ResponseArrived(Part.RESPONSE_HEADERS, duplex=True)
+        << Continue(Part.RESPONSE_HEADERS)
+        >> ResponseArrived(Part.RESPONSE_BODY, b"ab", end_of_stream=True)
+        << EchoBody(b"ab", end_of_stream=True, part=Part.RESPONSE_BODY)
+        >> ENDED
     ),
     "a response comes first: passed on": (
         Script()

@@ -22,9 +22,9 @@ def test_another_seed_gives_others() -> None:
     assert [s.turns[0].text for s in one] != [s.turns[0].text for s in other]
 
 
-def test_longer_answers_leave_arrivals_and_groups_as_they_were() -> None:
+def test_other_turns_leave_arrivals_and_groups_as_they_were() -> None:
     plain = list(sessions(made()))
-    changed = list(sessions(made(output_tokens=Lengths(median=300, max=900), turns=9)))
+    changed = list(sessions(made(user_tokens=Lengths(median=300, max=900), turns=9)))
     assert [(s.starts_s, s.group) for s in plain] == [(s.starts_s, s.group) for s in changed]
 
 
@@ -48,7 +48,7 @@ def test_popular_groups_follow_zipf() -> None:
 
 def test_lengths_have_the_median_asked_for_and_never_pass_the_maximum() -> None:
     lengths = Lengths(median=100, sigma=0.8, max=300)
-    drawn = sorted(t.max_tokens for s in sessions(made(sessions=500, output_tokens=lengths)) for t in s.turns)
+    drawn = sorted(len(t.text) // 4 for s in sessions(made(sessions=500, user_tokens=lengths)) for t in s.turns)
     assert drawn[len(drawn) // 2] == pytest.approx(100, rel=0.1)
     assert drawn[-1] == 300
 
@@ -77,7 +77,7 @@ def test_a_conversation_grows_by_what_was_really_answered() -> None:
     ]
 
 
-def test_a_request_asks_for_a_stream_of_the_drawn_length_and_not_for_usage() -> None:
+def test_a_request_asks_for_a_stream_of_limited_length_and_not_for_usage() -> None:
     session = next(sessions(made(system_tokens=(0, 0))))
     body = json.loads(Conversation(session).request(Turn("hi", 17, 0.0), "m"))
     expected = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 17, "stream": True}

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
-
-T = TypeVar("T")
+from collections.abc import Callable
+from typing import Any
 
 
-async def until(check: Callable[[], T | Awaitable[T]], *, timeout_s: float = 5.0, every_s: float = 0.02) -> T:
+async def until(check: Callable[[], object], *, timeout_s: float = 5.0, every_s: float = 0.02) -> Any:
     """The first true value that `check` (plain or async) gives; AssertionError with the last value after `timeout_s`."""
     clock = asyncio.get_running_loop().time
     deadline = clock() + timeout_s
     while True:
         found = check()
-        value: T = await found if inspect.isawaitable(found) else found
+        value = await found if inspect.isawaitable(found) else found
         if value:
             return value
         if clock() >= deadline:

@@ -19,7 +19,7 @@ from extproc.core.prediction import Ask
 
 
 def _bound(members: Sequence[Member], factor: float) -> int:
-    """Most requests that an affine replica may have in flight before this one (bounded loads, Mirrokni et al., 2018)."""
+    """An affine replica takes one more while it has fewer than this in flight (bounded loads, Mirrokni et al., 2018)."""
     total = sum(len(m.load) for m in members) + 1
     return max(1, math.ceil(factor * total / len(members)))
 
@@ -69,14 +69,16 @@ class PrefixAffinity(Stateless):
     """Shorter matches do not count: nearly every chat shares a template's first tokens."""
 
     def rank(self, ask: Ask, members: Sequence[Member], now: float, rng: Random) -> Ranking:
-        def score(member: Member) -> float:
-            cached = ask.cached_tokens(member)
-            return -float(cached) if cached >= self.min_tokens else 0.0
-
-        ranked = order(ask, members, score, rng)
+        by_load = order(ask, members, lambda m: float(len(m.load)), rng)
+        # Sorting is stable: among equal matches, and among those without one, the fewest in flight come first.
+        ranked = sorted(((self._score(ask, m), m) for _, m in by_load), key=lambda r: r[0])
         if ranked[0][0] == 0.0:
-            return Ranking(order(ask, members, lambda m: float(len(m.load)), rng), "no_prefix")
+            return Ranking(by_load, "no_prefix")
         return _spill(ranked, _bound(members, self.load_factor), "prefix")
 
     def terms(self, ask: Ask, member: Member, now: float) -> Terms:
         return {"cached_tokens": float(ask.cached_tokens(member)), "in_flight": float(len(member.load))}
+
+    def _score(self, ask: Ask, member: Member) -> float:
+        cached = ask.cached_tokens(member)
+        return -float(cached) if cached >= self.min_tokens else 0.0

@@ -6,6 +6,7 @@ are ordered by our own requests in flight there, so that a fleet without samples
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
@@ -16,6 +17,8 @@ from extproc.core.prediction import Ask
 
 _UNKNOWN = 1e12
 """Above every measure; in-flight requests are added."""
+_KV_TOKENS = 400_000
+"""Assumed where the engine does not tell its KV cache's size: an 8B model on one 80 GB GPU."""
 
 
 class _Least(Stateless):
@@ -77,8 +80,8 @@ class LeastKv(_Least):
         sample = member.fresh(now)
         if sample is None or sample.kv_usage is None:
             return None
-        capacity = sample.kv_capacity_tokens
-        return max(sample.kv_usage, member.load.held_tokens / capacity) if capacity else sample.kv_usage
+        sent = member.load.held_tokens - member.held_at_sample
+        return max(sample.kv_usage + sent / (sample.kv_capacity_tokens or _KV_TOKENS), 0.0)
 
 
 @register
@@ -88,16 +91,26 @@ class LeastLatency(_Least):
 
     name = "least_latency"
     measured = "latency_s"
+    fade_s: float = 60.0
+    """Seconds without an answer after which an average counts for a third: a replica that was slow once is tried again."""
+
+    def __post_init__(self) -> None:
+        if not self.fade_s > 0:
+            raise ValueError(f"fade_s must be above 0, not {self.fade_s!r}")
 
     def measure(self, member: Member, now: float) -> float | None:
-        return None if member.latency_s is None else member.latency_s * (len(member.load) + 1)
+        if member.latency_s is None:
+            return None
+        # Only while idle: a replica that is working on something slow has no answer to show for it yet.
+        idle_s = 0.0 if len(member.load) else now - member.answered_at
+        return member.latency_s * (len(member.load) + 1) * math.exp(-idle_s / self.fade_s)
 
     def rank(self, ask: Ask, members: Sequence[Member], now: float, rng: Random) -> Ranking:
         """A replica that has answered nothing yet goes first while it is idle: it would never be measured otherwise."""
         untried = [m for m in members if m.latency_s is None and not len(m.load)]
         if not untried:
             return _Least.rank(self, ask, members, now, rng)
-        rest = [m for m in members if m not in untried]
+        rest = [m for m in members if m.latency_s is not None or len(m.load)]
         ranked = order(ask, untried, lambda m: 0.0, rng)
         return Ranking(ranked + (_Least.rank(self, ask, rest, now, rng).order if rest else []), "untried")
 

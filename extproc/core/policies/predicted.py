@@ -8,7 +8,7 @@ from random import Random
 
 from extproc.core.fleet import Member
 from extproc.core.policies.base import Ranking, Stateless, Terms, order, register
-from extproc.core.prediction import Ask, predict
+from extproc.core.prediction import Ask, cost_s, predict
 
 TOLERANCE_S = 1e-3
 """Costs closer than a millisecond are equal: the prediction is no better, and equals share work by the prompt's head."""
@@ -22,7 +22,7 @@ class Predicted(Stateless):
     name = "predicted"
 
     def rank(self, ask: Ask, members: Sequence[Member], now: float, rng: Random) -> Ranking:
-        ranked = order(ask, members, lambda m: predict(ask, m, now).total_s, rng, TOLERANCE_S)
+        ranked = order(ask, members, lambda m: cost_s(ask, m, now), rng, TOLERANCE_S)
         return Ranking(ranked, self._reason(ask, ranked[0][1], members))
 
     def terms(self, ask: Ask, member: Member, now: float) -> Terms:
@@ -37,7 +37,7 @@ class Predicted(Stateless):
 
     def _reason(self, ask: Ask, chosen: Member, members: Sequence[Member]) -> str:
         """`prefix`: it holds the most of the prompt. `spill`: another holds more, and costs more. `cost`: nobody holds any."""
-        best = max((ask.cached_tokens(m) for m in members), default=0)
+        best = max(ask.cached_tokens(m) for m in members) if ask.hit_tokens else 0
         if best == 0:
             return "cost"
         return "prefix" if ask.cached_tokens(chosen) >= best else "spill"

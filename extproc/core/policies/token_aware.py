@@ -29,11 +29,17 @@ class TokenAware(Stateless):
     tokens_per_s: float = 1000.0
     """Capacity of a replica without the label `max_tokens_per_s`."""
 
+    def __post_init__(self) -> None:
+        if not self.tokens_per_s > 0:
+            raise ValueError(f"tokens_per_s must be above 0, not {self.tokens_per_s!r}")
+
     def rank(self, ask: Ask, members: Sequence[Member], now: float, rng: Random) -> Ranking:
-        added = self.prompt_weight * ask.prompt_tokens + self.decode_weight * ask.output_tokens
+        generated = ask.output_tokens * ask.request.samples
+        added = self.prompt_weight * ask.prompt_tokens + self.decode_weight * generated
         scored = [(self._load(m, now), added / self._capacity(m), m) for m in members]
-        # Sorting is stable: members come in the order of discovery, so the first of equals stays first.
-        scored.sort(key=lambda s: (s[0] >= self.limit, s[0] + s[1]))
+        # Sorting is stable: members come in the order of discovery, so the first of equals stays first. Rounded, because
+        # sums of the same loads in another order differ in the last digits.
+        scored.sort(key=lambda s: (s[0] >= self.limit, round(s[0] + s[1], 9)))
         reason = "least" if scored[0][0] < self.limit else "saturated"
         return Ranking([(load + more, m) for load, more, m in scored], reason)
 
@@ -51,8 +57,9 @@ class TokenAware(Stateless):
         return (self.prompt_weight * queued + self.decode_weight * decoding) / self._capacity(member)
 
     def _capacity(self, member: Member) -> float:
-        label = member.replica.labels.get("max_tokens_per_s")
+        """A label that is no positive number counts as none."""
         try:
-            return max(float(label), 1e-3) if label is not None else self.tokens_per_s
+            capacity = float(member.replica.labels.get("max_tokens_per_s", 0))
         except ValueError:
             return self.tokens_per_s
+        return capacity if capacity > 0 else self.tokens_per_s

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from itertools import islice
 
 from extproc.core.types import Blocks
 
@@ -24,8 +25,8 @@ class _Shelf:
     held_bytes: int = 0
     blocks: OrderedDict[int, int] = field(default_factory=OrderedDict)
     """hash -> bytes of the block"""
-    pending: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """flight -> blocks that it was the first to bring; withdrawn if it fails"""
+    pending: dict[int, str] = field(default_factory=dict)
+    """hash -> flight that was the first to bring the block and has not ended; withdrawn if it fails"""
 
 
 class PrefixIndex:
@@ -45,6 +46,11 @@ class PrefixIndex:
 
     def __repr__(self) -> str:
         return f"<prefix index {self._entries} entries, {len(self._masks)} blocks, {len(self._shelves)} replicas>"
+
+    @property
+    def addresses(self) -> frozenset[str]:
+        """Replicas that the index has room for."""
+        return frozenset(self._shelves)
 
     def held_bytes(self, address: str) -> int:
         """Canonical bytes that the replica is believed to hold."""
@@ -77,8 +83,8 @@ class PrefixIndex:
     def insert(self, address: str, blocks: Blocks, flight: str | None = None) -> None:
         """The replica will hold these blocks. With `flight`, those it did not hold yet stay withdrawable until settled."""
         shelf = self._shelves.get(address) or self._shelf(address)
-        held, masks, bit = shelf.blocks, self._masks, shelf.bit
-        brought: list[int] = []
+        held, masks, bit, pending = shelf.blocks, self._masks, shelf.bit, shelf.pending
+        before = len(held)
         starts = (0, *blocks.ends)
         # From the tail to the head, so that the head of the chain ends up most recent and the tail is evicted first, as in vLLM.
         for i in range(len(blocks.hashes) - 1, -1, -1):
@@ -90,22 +96,24 @@ class PrefixIndex:
             held[block] = size
             shelf.held_bytes += size
             masks[block] = masks.get(block, 0) | bit
-            brought.append(block)
-        self._entries += len(brought)
-        if flight is not None and brought:
-            shelf.pending[flight] = tuple(brought)
+            if flight is not None:
+                pending[block] = flight
+        self._entries += len(held) - before
         self._shrink(shelf)
 
-    def keep(self, address: str, flight: str) -> None:
-        """The flight succeeded: what it brought stays."""
-        if shelf := self._shelves.get(address):
-            shelf.pending.pop(flight, None)
+    def keep(self, address: str, blocks: Blocks) -> None:
+        """A flight with these blocks succeeded there: they stay, whoever brought them, and are most recent again."""
+        self.insert(address, blocks)
+        if pending := self._shelves[address].pending:
+            for block in blocks.hashes:
+                pending.pop(block, None)
 
-    def withdraw(self, address: str, flight: str) -> None:
+    def withdraw(self, address: str, blocks: Blocks, flight: str) -> None:
         """The flight failed: what it alone brought was never computed there."""
         if shelf := self._shelves.get(address):
-            for block in shelf.pending.pop(flight, ()):
-                self._drop(shelf, block)
+            for block in blocks.hashes:
+                if shelf.pending.get(block) == flight:
+                    self._drop(shelf, block)
 
     def set_capacity(self, address: str, capacity_bytes: float) -> None:
         """The replica's KV cache holds that much canonical prompt."""
@@ -118,7 +126,6 @@ class PrefixIndex:
         if shelf := self._shelves.get(address):
             for block in tuple(shelf.blocks):
                 self._drop(shelf, block)
-            shelf.pending.clear()
 
     def forget(self, address: str) -> None:
         """The replica left."""
@@ -133,9 +140,8 @@ class PrefixIndex:
         return self._shelves.setdefault(address, _Shelf(bit))
 
     def _drop(self, shelf: _Shelf, block: int) -> None:
-        size = shelf.blocks.pop(block, None)
-        if size is None:
-            return  # evicted meanwhile
+        size = shelf.blocks.pop(block)
+        shelf.pending.pop(block, None)
         shelf.held_bytes -= size
         self._entries -= 1
         if rest := self._masks[block] & ~shelf.bit:
@@ -146,10 +152,12 @@ class PrefixIndex:
     def _shrink(self, shelf: _Shelf) -> None:
         while shelf.held_bytes > shelf.capacity_bytes:
             self._drop(shelf, next(iter(shelf.blocks)))
-        while self._entries > self._max_entries:
-            # The largest holder gives way, so that one busy replica cannot push the others out.
+        while (excess := self._entries - self._max_entries) > 0:
+            # The largest holder gives way, so that one busy replica cannot push the others out. All at once: looking
+            # for the largest again after each block costs as much per block as there are replicas.
             largest = max(self._shelves.values(), key=lambda s: len(s.blocks))
-            self._drop(largest, next(iter(largest.blocks)))
+            for block in tuple(islice(largest.blocks, excess)):
+                self._drop(largest, block)
 
     def check(self) -> None:
         """Raise AssertionError if the index contradicts itself; for tests."""
@@ -158,3 +166,7 @@ class PrefixIndex:
         for shelf in self._shelves.values():
             assert shelf.held_bytes == sum(shelf.blocks.values()) <= shelf.capacity_bytes
             assert all(self._masks[block] & shelf.bit for block in shelf.blocks)
+            assert shelf.pending.keys() <= shelf.blocks.keys()
+        bits = [shelf.bit for shelf in self._shelves.values()]
+        assert {s.bit: a for a, s in self._shelves.items()} == self._owners
+        assert sorted(bits + self._free_bits) == [1 << i for i in range(len(bits) + len(self._free_bits))]

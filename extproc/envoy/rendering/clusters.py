@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import envoy_data_plane.envoy.config.cluster.v3 as cluster
 import envoy_data_plane.envoy.config.core.v3 as core
@@ -16,8 +17,9 @@ import envoy_data_plane.envoy.type.metadata.v3 as metadata
 import envoy_data_plane.envoy.type.v3 as types
 from envoy_data_plane.google import protobuf
 
-from extproc.config import EnvoyConfig
+from extproc.config import Config
 from extproc.envoy import names
+from extproc.envoy.endpoints import file_of
 from extproc.envoy.rendering.messages import MESSAGE, address, extension, seconds
 
 MANY = 1_000_000
@@ -52,12 +54,14 @@ def extproc(grpc_listener: str) -> cluster.Cluster:
     )
 
 
-def pool(name: str, envoy: EnvoyConfig, baseline: str | None) -> cluster.Cluster:
+def pool(name: str, config: Config, baseline: str | None) -> cluster.Cluster:
     """The replicas of one pool. With `baseline` Envoy's own policy of that name chooses, without it the pick of extproc."""
+    envoy = config.envoy
+    members = file_of(envoy.endpoints_file, name, [p.name for p in config.pools])
     return cluster.Cluster(
         name=names.cluster_name(name),
         type=cluster.ClusterDiscoveryType.EDS,
-        eds_cluster_config=cluster.ClusterEdsClusterConfig(eds_config=_watched_file(envoy)),
+        eds_cluster_config=cluster.ClusterEdsClusterConfig(eds_config=_watched(members)),
         connect_timeout=seconds(envoy.connect_timeout_s),
         load_balancing_policy=POLICIES[baseline]() if baseline else _picked(),
         typed_extension_protocol_options=_protocol(
@@ -75,8 +79,7 @@ def pool(name: str, envoy: EnvoyConfig, baseline: str | None) -> cluster.Cluster
     )
 
 
-def _watched_file(envoy: EnvoyConfig) -> core.ConfigSource:
-    path = envoy.endpoints_file
+def _watched(path: Path) -> core.ConfigSource:
     return core.ConfigSource(
         resource_api_version=core.ApiVersion.V3,
         initial_fetch_timeout=seconds(FIRST_FETCH_S),

@@ -21,7 +21,7 @@ MAX_CONNECTIONS = 50_000
 
 def rendered(config: Config, baseline: str | None) -> dict[str, Any]:
     """The bootstrap in the names of Envoy's documentation (snake case), ready for JSON or YAML."""
-    pools = [clusters.pool(p.name, config.envoy, baseline) for p in config.pools]
+    pools = [clusters.pool(p.name, config, baseline) for p in config.pools]
     extproc = [] if baseline else [clusters.extproc(config.listen.grpc)]
     whole = bootstrap.Bootstrap(
         node=core.Node(id="extproc", cluster="extproc"),
