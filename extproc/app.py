@@ -25,9 +25,9 @@ from extproc.adapters.recorder import Recorder
 from extproc.adapters.scraping import Scraper, Target
 from extproc.config import Config, PoolConfig
 from extproc.core.fleet import Readiness
-from extproc.core.observers import Quiet, Several
+from extproc.core.observers import Ended, Quiet, Several
 from extproc.core.router import PoolSettings, Router
-from extproc.core.types import Change, Decision, Fact, NotSampled, Reset, Sampled
+from extproc.core.types import Change, Decision, End, Fact, NotSampled, Reset, Sampled
 from extproc.envoy.endpoints import EndpointsError, EndpointsFile, Health, Member
 from extproc.envoy.intake import Intake
 from extproc.envoy.server import Server
@@ -39,13 +39,17 @@ TICK_S = 0.25
 
 
 class Waker(Quiet):
-    """Has a replica scraped soon after it was given work."""
+    """Has a replica scraped soon after it was given work, or failed."""
 
     def __init__(self, wake: Callable[[str], None]) -> None:
         self._wake = wake
 
     def decided(self, decision: Decision) -> None:
         self._wake(decision.endpoints[0])
+
+    def ended(self, ended: Ended) -> None:
+        if ended.moved or ended.outcome.end in (End.UNREACHABLE, End.UPSTREAM_ERROR):
+            self._wake(ended.flight.address)  # passed over until it is heard of again
 
 
 class App:

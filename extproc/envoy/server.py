@@ -98,6 +98,7 @@ class Server:
         self._complaints = Complaints(clock)
         self._logs_open: set[asyncio.Task[Any]] = set()
         self._server: Any = None
+        self._stopping = False
         self.streams = StreamCounts()
         self.entries = LogCounts()
         self.health: Health
@@ -115,6 +116,7 @@ class Server:
     async def stop(self, grace_s: float) -> None:
         """Report NOT_SERVING, take no more streams, give those under way `grace_s` seconds, then cut them."""
         self.health.stop_serving()
+        self._stopping = True
         stopping = asyncio.ensure_future(self._server.stop(grace_s))
         await asyncio.sleep(0)  # let it refuse newcomers first
         for task in tuple(self._logs_open):
@@ -189,6 +191,9 @@ class Server:
         try:
             while (raw := await context.read()) is not rpc.EOF:
                 self._take(raw)
+        except asyncio.CancelledError:
+            if not self._stopping:
+                raise  # the proxy left
         finally:
             self._logs_open.discard(task)
         return b""  # StreamAccessLogsResponse

@@ -277,6 +277,7 @@ class Engine:
             return False
         if seq.state is _State.WAITING:
             del self._waiting[request_id]
+            self._stuck = None  # the id may come back with a request that fits
         else:
             self._stop(seq)
         self._forget(seq)
@@ -422,7 +423,6 @@ class Engine:
         seq.computed = 0
         self._waiting[seq.request.id] = seq
         self._waiting.move_to_end(seq.request.id, last=False)
-        self._stuck = None
         self.counters.preemptions += 1
 
     def _stop(self, seq: _Sequence) -> None:

@@ -64,6 +64,9 @@ class RealtimeEngine:
         self._hang = False
         self._task: asyncio.Task[None] | None = None
 
+    def __repr__(self) -> str:
+        return f"<realtime x{self.time_scale:g}, {len(self._flows)} awaited, {self.engine!r}>"
+
     @property
     def hang(self) -> bool:
         """While true no step runs and nothing comes out; requests are still accepted."""

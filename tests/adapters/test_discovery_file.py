@@ -181,6 +181,15 @@ class TestMistakes:
             await until(lambda: watch.source.mistake)
             assert watch.source.mistake == f"larger than {file_module.MAX_BYTES} bytes"
 
+    async def test_an_error_of_the_receiver_is_not_taken_for_one_of_the_file(self, tmp_path: Path) -> None:
+        def emit(change: Change) -> None:
+            raise RuntimeError("receiver")
+
+        path = tmp_path / "replicas.yaml"
+        replace(path, A)
+        with pytest.raises(RuntimeError, match="receiver"):
+            await FileSource("p", path, {}).run(emit)
+
 
 async def test_a_directory_replaced_as_a_whole_is_found_by_the_recheck(tmp_path: Path) -> None:
     directory = tmp_path / "mount"
@@ -194,3 +203,16 @@ async def test_a_directory_replaced_as_a_whole_is_found_by_the_recheck(tmp_path:
         directory.rename(tmp_path / "old")
         new.rename(directory)
         await watch.tells(Add("p", member(B)), Remove("p", A))
+
+
+async def test_a_link_into_another_directory_is_followed_by_the_recheck(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    replace(there / "replicas.yaml", A)
+    (here / "replicas.yaml").symlink_to(there / "replicas.yaml")
+    async with watching(here / "replicas.yaml", recheck_s=0.05) as watch:
+        await watch.tells(Reset("p", (member(A),)))
+        for members in ([A, B], [A]):  # twice, for the first change may fall before the start of the watch
+            replace(there / "replicas.yaml", *members)
+            await watch.tells(Add("p", member(B)) if B in members else Remove("p", B))

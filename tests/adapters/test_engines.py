@@ -87,6 +87,12 @@ class TestOlderVersions:
         parsed = parse_vllm(recorded("metrics_0.10_both_names.txt", "vllm-older"))
         assert parsed == Sample(running=2, kv_usage=0.5, prefix_queries=320.0)
 
+    def test_only_the_old_name_ever_counted_blocks(self) -> None:
+        page = recorded("metrics_0.8_blocks.txt", "vllm-older") + b"vllm:prefix_cache_queries_total 6400.0\n"
+        parsed = parse_vllm(page)
+        assert parsed is not None
+        assert parsed.prefix_queries == 6400.0
+
 
 class TestRanks:
     PAGE = """

@@ -12,16 +12,16 @@ from extproc.core.steptime import MEASURED, StepTime, prior
 SIMPLE = StepTime(c0=1.0, w=10.0, g=1.0, a=0.5, k=0.25, s=2.0)
 
 
-def test_a_step_adds_its_terms():
+def test_a_step_adds_its_terms() -> None:
     # 5 new tokens < w: floor of 10; one chunk of 4 on 6; 8 tokens of KV; 3 sequences
     assert SIMPLE.step_s(5, [(4, 6)], 8, 3) == 1 + 10 + 0.5 * 4 * (6 + 2) + 0.25 * 8 + 2 * 3
 
 
-def test_products_rise_with_tokens_above_the_floor_of_the_weights():
+def test_products_rise_with_tokens_above_the_floor_of_the_weights() -> None:
     assert SIMPLE.step_s(30, [], 0, 0) - SIMPLE.step_s(20, [], 0, 0) == 10
 
 
-def test_a_decode_step_is_a_step_without_prefill():
+def test_a_decode_step_is_a_step_without_prefill() -> None:
     assert SIMPLE.decode_step_s(12, 100) == SIMPLE.step_s(12, [], 100, 12)
 
 
@@ -33,7 +33,7 @@ def test_prefill_in_closed_form_is_the_sum_of_its_chunks(uncached: int, cached: 
     assert step.prefill_s(uncached, cached, budget) == pytest.approx(summed, rel=1e-9)
 
 
-def test_scaling_takes_prefill_and_decode_apart():
+def test_scaling_takes_prefill_and_decode_apart() -> None:
     scaled = SIMPLE.scaled(prefill=2.0, decode=3.0)
     assert scaled == StepTime(c0=3.0, w=30.0, g=2.0, a=1.0, k=0.75, s=6.0)
 
@@ -114,14 +114,14 @@ def test_a_larger_model_is_never_faster(gpu: str, tp: int):
         assert all(b >= s for b, s in zip(larger, smaller, strict=True))
 
 
-def test_pipeline_stages_share_prefill_and_leave_decode():
+def test_pipeline_stages_share_prefill_and_leave_decode() -> None:
     one, two = prior({"gpu": "h100"}), prior({"gpu": "h100", "pp": "2"})
     assert two.decode_step_s(8, 8000) == one.decode_step_s(8, 8000)
     assert two.g == one.g / 2
     assert two.a == one.a / 2
 
 
-def test_the_demo_fleet_is_ordered_as_its_hardware():
+def test_the_demo_fleet_is_ordered_as_its_hardware() -> None:
     h100x4, h100, a100 = (
         prior({"model_size": "8b", "gpu": g, "tp": t}) for g, t in [("h100", "4"), ("h100", "1"), ("a100", "1")]
     )

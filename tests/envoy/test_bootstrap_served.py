@@ -107,3 +107,22 @@ async def test_usage_of_a_json_response_is_read_and_the_response_unchanged(tmp_p
                 assert (response.status, await response.read() == body) == (200, True)
             [entry] = await until(lambda: entries(config))
     assert (entry["prompt_tokens"], entry["completion_tokens"], entry["cached_tokens"]) == (14, 8, 4)
+
+
+async def test_a_websocket_opens_only_on_paths_without_extproc(tmp_path: Path) -> None:
+    async def echo(request: web.Request) -> web.StreamResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        async for message in socket:
+            await socket.send_str(message.data)
+        return socket
+
+    async with Backend(echo) as a:
+        config = steering.config(tmp_path, a.address)
+        async with EnvoyProcess(steering.steered(config)), aiohttp.ClientSession() as client:
+            async with client.ws_connect(url(config, "/v1/realtime?model=m")) as socket:
+                await socket.send_str("hello")
+                assert (await socket.receive(timeout=5)).data == "hello"
+            with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+                await client.ws_connect(url(config, "/v1/chat/completions"))
+    assert refused.value.status == 403

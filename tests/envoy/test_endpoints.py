@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import stat
+from collections.abc import Awaitable
 from pathlib import Path
 
 import aiohttp
@@ -93,7 +93,7 @@ def test_the_file_is_readable_by_an_envoy_of_another_user_and_nothing_is_left_be
     file.write({"p": [A]})
     file.write({"p": [B]})
     assert stat.S_IMODE(file.path.stat().st_mode) == 0o644
-    assert os.listdir(tmp_path) == ["e.json"]
+    assert [p.name for p in tmp_path.iterdir()] == ["e.json"]
 
 
 def test_a_missing_directory_is_named_and_the_next_write_succeeds(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_a_path_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "e.json").mkdir()
     with pytest.raises(EndpointsError, match=r"^envoy.endpoints_file: cannot write .*/e.json: Is a directory"):
         EndpointsFile(tmp_path / "e.json").write({"p": [A]})
-    assert os.listdir(tmp_path) == ["e.json"]
+    assert [p.name for p in tmp_path.iterdir()] == ["e.json"]
 
 
 def test_create_if_missing_writes_the_fixed_replicas_and_keeps_what_is_there(tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ async def test_a_broken_file_keeps_the_last_members(tmp_path: Path) -> None:
             (tmp_path / "broken").replace(path)
 
             async def failures() -> int:
-                return (await envoy.stats("cluster.pool_default.update_(failure|rejected)")).popitem()[1]
+                return sum((await envoy.stats("cluster.pool_default.update_failure")).values())
 
             await until(failures)
             assert await (await client.get(f"http://{config.envoy.listen}/")).text() == a.address
@@ -219,5 +219,5 @@ async def test_envoy_starts_within_seconds_with_a_broken_file_and_takes_a_good_o
             await until(lambda: _equal(status(), 200))
 
 
-async def _equal(found: object, wanted: object) -> bool:
-    return await found == wanted  # type: ignore[misc]
+async def _equal(found: Awaitable[object], wanted: object) -> bool:
+    return bool(await found == wanted)

@@ -10,7 +10,7 @@ from extproc.sim import text
 USER = {"role": "user", "content": "Hello there"}
 
 
-def test_a_next_turn_begins_with_the_prompt_and_the_answer_of_the_last():
+def test_a_next_turn_begins_with_the_prompt_and_the_answer_of_the_last() -> None:
     first = text.chat_prompt([USER])
     said = text.answer(7, 33)
     reply = {"role": "assistant", "content": said.decode()}
@@ -18,7 +18,7 @@ def test_a_next_turn_begins_with_the_prompt_and_the_answer_of_the_last():
     assert second.startswith(first + said)
 
 
-def test_tools_come_before_messages():
+def test_tools_come_before_messages() -> None:
     tools = [{"type": "function", "function": {"name": "look"}}]
     assert b"look" in text.chat_prompt([USER], tools)
     assert text.chat_prompt([USER], tools).endswith(text.chat_prompt([USER]))
@@ -29,7 +29,7 @@ def test_pieces_become_whole_tokens(pieces: list[str]):
     assert len(text.tokenized(pieces)) % text.TOKEN_BYTES == 0
 
 
-def test_parts_of_a_message_are_its_text_and_an_image_has_one_size():
+def test_parts_of_a_message_are_its_text_and_an_image_has_one_size() -> None:
     def prompt(*parts: object) -> bytes:
         return text.chat_prompt([{"role": "user", "content": list(parts)}])
 
@@ -39,21 +39,21 @@ def test_parts_of_a_message_are_its_text_and_an_image_has_one_size():
     assert prompt(small) != prompt(large)
 
 
-def test_hashes_agree_up_to_the_block_that_differs():
+def test_hashes_agree_up_to_the_block_that_differs() -> None:
     one, two = bytes(range(200)), bytes(range(150)) + bytes(50)
     a, b = (text.block_hashes(t, 4, "m", "") for t in (one, two))
     assert len(a) == len(b) == 200 // 16
     assert [x == y for x, y in zip(a, b, strict=True)] == [True] * 9 + [False] * 3
 
 
-def test_another_model_or_salt_shares_no_hash():
+def test_another_model_or_salt_shares_no_hash() -> None:
     tokens = bytes(64)
     chains = [text.block_hashes(tokens, 4, m, s) for m, s in [("m", ""), ("n", ""), ("m", "x"), ("m\0x", "")]]
     hashes = [h for c in chains for h in c]
     assert len(set(hashes)) == len(hashes) == 16
 
 
-def test_equal_blocks_in_a_row_have_different_hashes():
+def test_equal_blocks_in_a_row_have_different_hashes() -> None:
     assert len(set(text.block_hashes(bytes(640), 4, "m", ""))) == 40
 
 
@@ -65,7 +65,7 @@ def test_an_answer_has_four_plain_bytes_for_each_token(seed: int, tokens: int):
     assert text.answer(seed, tokens + 3)[: len(said)] == said
 
 
-def test_lengths_follow_the_configured_mean_and_the_limit():
+def test_lengths_follow_the_configured_mean_and_the_limit() -> None:
     lengths = text.OutputLength(mean=300)
     drawn = [lengths.draw(seed, 100_000) for seed in range(5000)]
     assert 280 < statistics.mean(drawn) < 320
@@ -74,6 +74,6 @@ def test_lengths_follow_the_configured_mean_and_the_limit():
     assert max(lengths.draw(seed, 20) for seed in range(50)) == 20
 
 
-def test_token_ids_are_tokens():
+def test_token_ids_are_tokens() -> None:
     assert len(text.from_token_ids([1, 2, 3])) == 12
     assert text.from_token_ids([1, 2]) != text.from_token_ids([2, 1])

@@ -13,13 +13,14 @@ _handed_out: set[int] = set()
 
 
 def free_port() -> int:
-    """A TCP port on 127.0.0.1 on which nothing listens; never the same twice in one process.
+    """A TCP port on 127.0.0.1 on which nothing listens; the same twice in one process only when the range has been used up.
 
-    Raises RuntimeError when 200 tries find none.
+    Raises RuntimeError when there is none.
     """
     first, last = (int(part) for part in RANGE.split("-"))
-    for _ in range(200):
-        port = random.randint(first, last)
+    if len(_handed_out) > (last - first) // 2:
+        _handed_out.clear()
+    for port in random.sample(range(first, last + 1), last + 1 - first):
         if port not in _handed_out and _can_bind(port):
             _handed_out.add(port)
             return port

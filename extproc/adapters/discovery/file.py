@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from pathlib import Path
 from typing import Final
 
 from watchfiles import awatch
+from watchfiles.main import FileChange
 
 from extproc.adapters.discovery.base import Emit, OnError, difference, ignore_errors, reset
 from extproc.adapters.discovery.listing import ListingError, parse
@@ -60,42 +62,48 @@ class FileSource:
         return f"<FileSource {self.pool}: {members} from {self.path}, {self.mistake or 'good'}>"
 
     async def run(self, emit: Emit) -> None:
+        async with aclosing(self._moments()) as moments:
+            async for _ in moments:
+                await self._look(emit)
+
+    async def _moments(self) -> AsyncGenerator[None, None]:
+        """When to look: now, then whenever something moves beside the file, and no later than `recheck_s`."""
         while True:
-            await self._look(emit)
+            yield
             try:
-                await self._watch(emit)
-            except (
-                OSError,
-                RuntimeError,
-            ) as e:  # no directory yet, or no inotify watches left (watchfiles raises either)
+                async with aclosing(self._moves()) as moves:
+                    async for _ in moves:
+                        yield
+            except (OSError, RuntimeError) as e:  # watchfiles raises either: no such directory, no inotify watch left
                 log.debug("%s: not watched: %s; looking every %s s", self.path, e, self._recheck_s)
                 await asyncio.sleep(self._recheck_s)
 
-    async def _watch(self, emit: Emit) -> None:
-        """Look whenever something moves beside the file. The directory is watched, for a rename onto the file ends a watch of the file."""
-        async for _ in awatch(
+    def _moves(self) -> AsyncGenerator[set[FileChange], None]:
+        """The directory is watched, for a rename onto the file would end a watch of the file."""
+        return awatch(
             self.path.parent,
             watch_filter=None,
             debounce=_DEBOUNCE_MS,
             rust_timeout=max(1, round(self._recheck_s * 1000)),
             yield_on_timeout=True,
             recursive=False,
-        ):
-            await self._look(emit)
+        )
 
     async def _look(self, emit: Emit) -> None:
         """Read the file, and tell of what changed."""
         try:
             content = await asyncio.to_thread(_read, self.path)
-            if content == self._content:
-                return
-            self._content = content
+        except ListingError as e:
+            self._content = None  # should the last content come back, it is read again, which clears the mistake
+            self._failed(e)
+            return
+        if content == self._content:
+            return
+        self._content = content
+        try:
             members = await asyncio.to_thread(parse, content, self._labels)
         except ListingError as e:
-            self._failed(str(e))
-        except OSError as e:
-            self._content = None  # the old content may come back; it is then read again, which clears the mistake
-            self._failed(e.strerror or str(e))
+            self._failed(e)
         else:
             self.mistake = None
             self._became(members, emit)
@@ -109,10 +117,8 @@ class FileSource:
             log.info("pool %s: %s", self.pool, change)
             emit(change)
 
-    def _failed(self, mistake: str) -> None:
-        self._content = (
-            None  # the same good content afterwards is read again, which clears the mistake and changes nothing
-        )
+    def _failed(self, error: ListingError) -> None:
+        mistake = str(error)
         if mistake == self.mistake:
             return
         self.mistake = mistake
@@ -122,8 +128,12 @@ class FileSource:
 
 
 def _read(path: Path) -> bytes:
-    with path.open("rb") as file:
-        content = file.read(MAX_BYTES + 1)
+    """The whole file. Raises ListingError."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as e:
+        raise ListingError(e.strerror or str(e)) from None
     if len(content) > MAX_BYTES:
         raise ListingError(f"larger than {MAX_BYTES} bytes")
     return content

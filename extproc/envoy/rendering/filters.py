@@ -30,7 +30,7 @@ HOLD_S = 60.0
 def filters(config: Config) -> list[hcm.HttpFilter]:
     return [
         http_filter(EXT_PROC, _ext_proc(config)),
-        *usage.filters(),
+        usage.reader(),
         route(),
     ]
 

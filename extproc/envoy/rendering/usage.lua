@@ -1,12 +1,14 @@
--- Reads the token counts of a JSON response, and takes the usage event out of a stream whose client did not ask for it.
--- Nothing is buffered: every byte goes on as it comes, except the one event and what can still turn out to be it.
+-- Reads the token counts of a response, JSON or stream, and takes the usage event out of a stream whose client did not ask for it.
+-- Nothing is buffered: every byte goes on as it comes, except that one event and what can still turn out to be it.
+--
+-- chat, completions, embeddings   "usage": {"prompt_tokens", "completion_tokens", "prompt_tokens_details": {"cached_tokens"}}
+-- /v1/responses                   "usage": {"input_tokens", "output_tokens", "input_tokens_details": {"cached_tokens"}}
 
 local COUNTS = "@USAGE_NAMESPACE@"   -- dynamic metadata to write
 local MARKS = "@NAMESPACE@"          -- and to read: extproc sets the mark when it asked the engine for the usage event
 local STRIP = "@STRIP_USAGE@"
 
--- The names of both APIs, completions and responses. Inside a JSON string every quote has a backslash before it, so these patterns find
--- keys and never text that a model wrote.
+-- Inside a JSON string every quote has a backslash before it, so these patterns find keys, and never text that a model wrote.
 local FIELDS = {
   {"@PROMPT_TOKENS@", '"prompt_tokens"%s*:%s*(%d+)'},
   {"@PROMPT_TOKENS@", '"input_tokens"%s*:%s*(%d+)'},
@@ -30,7 +32,8 @@ local function note(handle, usage)
   end
 end
 
--- Where an unfinished usage object begins in `data`, else where an unfinished key could: what the next chunk must be read with.
+-- Notes every usage object in `data`, so that the last one stays: with continuous_usage_stats each event has one, and only the last is
+-- whole. Returns where an unfinished one begins, or could: from there the next chunk must be read again.
 local function scan(handle, data)
   local from = 1
   while true do
@@ -48,8 +51,7 @@ local function scan(handle, data)
   end
 end
 
--- A filter that parses would hold the whole response back, and answer 500 in its place when it is larger than a buffer.
-local function read_json(handle)
+local function read(handle)
   local rest = ""
   for chunk in handle:bodyChunks() do
     local data = rest .. chunk:getBytes(0, chunk:length())
@@ -71,7 +73,7 @@ end
 
 -- Takes the complete events of `data` but the usage event into `out`. Returns where the rest begins, and whether that event was there.
 -- `passing`: the head of the first event has gone out already, so it is another.
-local function take_events(data, passing, out)
+local function take_events(handle, data, passing, out)
   local from = 1
   while true do
     local _, stop = data:find(BLANK_LINE, from)
@@ -80,6 +82,9 @@ local function take_events(data, passing, out)
     end
     local event = data:sub(from, stop)
     from = stop + 1
+    if event:find(USAGE_KEY, 1, true) then
+      scan(handle, event)
+    end
     if not passing and is_usage_event(event) then
       return from, true
     end
@@ -89,7 +94,7 @@ local function take_events(data, passing, out)
 end
 
 -- An event is delivered by its blank line, so to hold an unfinished one delays nothing that a client could act on.
-local function strip_events(handle)
+local function read_and_strip(handle)
   -- A stream rarely has a length; if it has, it counts the event that goes.
   handle:headers():remove("content-length")
   local held = ""        -- an unfinished event, or the line ends of one that is passing
@@ -100,7 +105,7 @@ local function strip_events(handle)
     last = chunk
     local data = held .. chunk:getBytes(0, chunk:length())
     local out = {}
-    local from, found = take_events(data, passing, out)
+    local from, found = take_events(handle, data, passing, out)
     local rest = data:sub(from)
     if found then
       -- A stream has one such event; what follows is not ours.
@@ -138,9 +143,10 @@ function envoy_on_response(handle)
   if headers:get("content-encoding") then
     return
   end
-  if kind:find("^application/json") then
-    read_json(handle)
-  elseif kind:find("^text/event%-stream") and is_marked(handle) then
-    strip_events(handle)
+  local is_stream = kind:find("^text/event%-stream")
+  if is_stream and is_marked(handle) then
+    read_and_strip(handle)
+  elseif is_stream or kind:find("^application/json") then
+    read(handle)
   end
 end

@@ -1,0 +1,301 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from extproc.envoy import codec
+from extproc.envoy.exchange import (
+    CLOSE,
+    BodyArrived,
+    Continue,
+    EchoBody,
+    HeadersArrived,
+    Mode,
+    Part,
+    Respond,
+    ResponseArrived,
+    SetDestination,
+    Steer,
+    TrailersArrived,
+)
+from extproc.openai.errors import HttpError
+from extproc.pb.envoy.data.accesslog.v3.accesslog_pb2 import HTTPAccessLogEntry
+from extproc.pb.envoy.service.accesslog.v3.als_pb2 import StreamAccessLogsMessage
+from extproc.pb.envoy.service.ext_proc.v3.external_processor_pb2 import ProcessingRequest, ProcessingResponse
+
+WANTED = codec.ALWAYS | {"x-session-id"}
+SUBSET = ("envoy.lb.subset_hint", "x-gateway-destination-endpoint-subset")
+
+
+def request(**headers: str) -> ProcessingRequest:
+    message = ProcessingRequest()
+    message.request_headers.SetInParent()
+    for key, value in headers.items():
+        header = message.request_headers.headers.headers.add()
+        header.key, header.raw_value = key.replace("_", "-").replace("~", ":"), value.encode()
+    return message
+
+
+def headers_of(message: ProcessingRequest) -> HeadersArrived:
+    event = codec.event(message.SerializeToString(), WANTED)
+    assert isinstance(event, HeadersArrived)
+    return event
+
+
+def hinted(value: Any) -> frozenset[str] | None:
+    message = request()
+    message.metadata_context.filter_metadata[SUBSET[0]].update({SUBSET[1]: value})
+    return headers_of(message).head.subset
+
+
+def answered(command: Any) -> ProcessingResponse:
+    return ProcessingResponse.FromString(codec.answer(command))
+
+
+# --- in ---------------------------------------------------------------------------------------------------------------
+
+
+def test_only_wanted_headers_are_kept() -> None:
+    message = request(**{"~method": "POST", "~path": "/v1/x?y", "x_session_id": "s", "cookie": "no"})
+    head = headers_of(message).head
+    assert (head.method, head.path, head.content_length) == ("POST", "/v1/x?y", None)
+    assert head.headers == {":method": "POST", ":path": "/v1/x?y", "x-session-id": "s"}
+
+
+@pytest.mark.parametrize(
+    ("text", "length"), [("12", 12), ("0", 0), ("", None), ("-1", None), ("1e3", None), ("9" * 40, None), ("²", None)]
+)
+def test_content_length(text: str, length: int | None) -> None:
+    assert headers_of(request(content_length=text)).head.content_length == length
+
+
+def test_a_header_in_the_field_of_older_proxies_is_read() -> None:
+    message = request()
+    header = message.request_headers.headers.headers.add()
+    header.key, header.value = ":path", "/old"
+    assert headers_of(message).head.path == "/old"
+
+
+def test_a_header_that_is_not_utf8_does_no_harm() -> None:
+    message = request()
+    header = message.request_headers.headers.headers.add()
+    header.key, header.raw_value = "x-session-id", b"a\xff"
+    assert headers_of(message).head.headers == {"x-session-id": "a�"}
+
+
+@pytest.mark.parametrize(
+    ("number", "mode"),
+    [
+        (0, Mode.NONE),
+        (1, Mode.STREAMED),
+        (2, Mode.BUFFERED),
+        (3, Mode.BUFFERED_PARTIAL),
+        (4, Mode.FULL_DUPLEX),
+        (5, Mode.GRPC),
+        (77, Mode.NONE),
+    ],
+)
+def test_mode(number: Any, mode: Mode) -> None:
+    message = request()
+    message.protocol_config.request_body_mode = number
+    assert headers_of(message).mode is mode
+
+
+def test_streamed_without_waiting_is_a_mode_of_its_own() -> None:
+    message = request()
+    message.protocol_config.request_body_mode = 1  # type: ignore[assignment]
+    message.protocol_config.send_body_without_waiting_for_header_response = True
+    assert headers_of(message).mode is Mode.STREAMED_EARLY
+
+
+def test_an_older_proxy_does_not_tell_its_mode() -> None:
+    assert headers_of(request()).mode is Mode.UNTOLD
+
+
+def test_a_proxy_that_streams_the_response_through_us_says_so() -> None:
+    message = request()
+    assert not headers_of(message).duplex_response
+    message.protocol_config.response_body_mode = 4  # type: ignore[assignment]
+    assert headers_of(message).duplex_response
+
+
+@pytest.mark.parametrize(
+    ("value", "subset"),
+    [
+        ("10.0.0.1:8000", {"10.0.0.1:8000"}),
+        ("10.0.0.1:8000, 10.0.0.2", {"10.0.0.1:8000", "10.0.0.2"}),
+        (["10.0.0.1:8000", "10.0.0.2:8000"], {"10.0.0.1:8000", "10.0.0.2:8000"}),
+        (["10.0.0.1,10.0.0.2"], {"10.0.0.1", "10.0.0.2"}),
+        ("[::1]:80", {"[::1]:80"}),
+        ("", set()),
+        (" , ", set()),
+        ([], set()),
+        (7, set()),
+        (None, set()),
+    ],
+)
+def test_subset_hint(value: Any, subset: set[str]) -> None:
+    assert hinted(value) == frozenset(subset)
+
+
+def test_no_hint_is_no_restriction() -> None:
+    assert headers_of(request()).head.subset is None
+    message = request()
+    message.metadata_context.filter_metadata["envoy.lb"].update({SUBSET[1]: "10.0.0.1"})
+    message.metadata_context.filter_metadata[SUBSET[0]].update({"another": "10.0.0.1"})
+    assert headers_of(message).head.subset is None
+
+
+def test_body_trailers_and_responses() -> None:
+    def event(**fields: Any) -> Any:
+        return codec.event(ProcessingRequest(**fields).SerializeToString())
+
+    assert event(request_body={"body": b"x", "end_of_stream": True}) == BodyArrived(b"x", True)
+    assert event(request_trailers={}) == TrailersArrived()
+    assert event(response_headers={}) == ResponseArrived(Part.RESPONSE_HEADERS)
+    assert event(response_trailers={}) == ResponseArrived(Part.RESPONSE_TRAILERS)
+    body = event(response_body={"body": b"x", "end_of_stream": True}, protocol_config={"response_body_mode": 4})
+    assert body == ResponseArrived(Part.RESPONSE_BODY, b"x", True, duplex=True)
+
+
+@pytest.mark.parametrize("raw", [b"", b"\xff\xff", b"\x0a\x05abc"])
+def test_what_cannot_be_read_is_said(raw: bytes) -> None:
+    with pytest.raises(codec.Unreadable):
+        codec.event(raw)
+
+
+# --- out --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", Part)
+def test_continue_answers_the_right_part_and_changes_nothing(part: Part) -> None:
+    response = answered(Continue(part))
+    assert response.WhichOneof("response") == part.value
+    assert response.ByteSize() == 2
+
+
+def test_a_pick_is_metadata_alone() -> None:
+    response = answered(SetDestination(Part.BODY, Steer("f1", "10.0.0.1:80,10.0.0.2:80")))
+    assert response.WhichOneof("response") == "request_body"
+    assert not response.request_body.HasField("response")
+    assert response.dynamic_metadata == {
+        "envoy.lb": {"x-gateway-destination-endpoint": "10.0.0.1:80,10.0.0.2:80"},
+        "extproc": {"flight": "f1"},
+    }
+
+
+def set_headers(mutation: Any) -> dict[str, bytes]:
+    assert all(o.append_action == 2 for o in mutation.set_headers)  # overwrite
+    return {o.header.key: o.header.raw_value for o in mutation.set_headers}
+
+
+def test_under_the_endpoint_picker_protocol_the_header_says_the_same() -> None:
+    common = answered(SetDestination(Part.HEADERS, Steer("f", "10.0.0.1:80"), in_header=True)).request_headers.response
+    assert set_headers(common.header_mutation) == {"x-gateway-destination-endpoint": b"10.0.0.1:80"}
+    assert not common.clear_route_cache
+
+
+def test_a_new_body_comes_with_its_length() -> None:
+    response = answered(SetDestination(Part.BODY, Steer("f", "a:1", body=b"four", strip_usage=True)))
+    common = response.request_body.response
+    assert common.body_mutation.body == b"four"
+    assert set_headers(common.header_mutation) == {"content-length": b"4"}
+    assert response.dynamic_metadata["extproc"] == {"flight": "f", "strip_usage": True}
+
+
+def test_a_new_body_is_not_in_the_header_answer_but_its_length_is() -> None:
+    common = answered(SetDestination(Part.HEADERS, Steer("f", "a:1", body=b"four"))).request_headers.response
+    assert not common.HasField("body_mutation")
+    assert set_headers(common.header_mutation) == {"content-length": b"4"}
+
+
+def test_the_pool_selects_the_route_again() -> None:
+    common = answered(SetDestination(Part.BODY, Steer("f", "a:1", pool="big"))).request_body.response
+    assert set_headers(common.header_mutation) == {"x-extproc-pool": b"big"}
+    assert common.clear_route_cache
+
+
+def test_a_pick_with_trailers() -> None:
+    response = answered(SetDestination(Part.TRAILERS, Steer("f", "a:1")))
+    assert response.WhichOneof("response") == "request_trailers"
+    assert response.dynamic_metadata["extproc"] == {"flight": "f"}
+
+
+@pytest.mark.parametrize("part", [Part.BODY, Part.RESPONSE_BODY])
+def test_an_echo_is_a_streamed_response(part: Part) -> None:
+    response = answered(EchoBody(b"x", end_of_stream=True, part=part))
+    assert response.WhichOneof("response") == part.value
+    piece = getattr(response, part.value).response.body_mutation.streamed_response
+    assert (piece.body, piece.end_of_stream) == (b"x", True)
+
+
+@pytest.mark.parametrize("status", [429, 418])
+def test_an_error_is_an_immediate_response(status: int) -> None:
+    error = HttpError(status, b"{}", (("content-type", "application/json"), ("retry-after", "1")))
+    immediate = answered(Respond(error)).immediate_response
+    assert (immediate.status.code, immediate.body, immediate.details) == (status, b"{}", "extproc")
+    assert set_headers(immediate.headers) == {"content-type": b"application/json", "retry-after": b"1"}
+
+
+def test_a_command_that_is_not_for_the_proxy_is_a_mistake() -> None:
+    with pytest.raises(KeyError):
+        codec.answer(CLOSE)
+
+
+# --- access log -------------------------------------------------------------------------------------------------------
+
+
+def entry(**fields: Any) -> HTTPAccessLogEntry:
+    made = HTTPAccessLogEntry(common_properties=fields)
+    made.common_properties.metadata.filter_metadata["extproc"].update({"flight": "f"})
+    return made
+
+
+def logged(made: HTTPAccessLogEntry) -> codec.LogEntry:
+    message = StreamAccessLogsMessage()
+    message.http_logs.log_entry.append(made)
+    (one,) = codec.log_entries(message.SerializeToString())
+    return one
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "served"), [("10.0.0.1", 80, "10.0.0.1:80"), ("::1", 80, "[::1]:80"), ("x", 0, None)]
+)
+def test_without_a_note_the_connection_tells_who_served(host: str, port: int, served: str | None) -> None:
+    address = {"socket_address": {"address": host, "port_value": port}}
+    assert logged(entry(upstream_remote_address=address)).served == served
+
+
+def test_a_note_on_who_served_wins() -> None:
+    made = entry(upstream_remote_address={"socket_address": {"address": "10.0.0.1", "port_value": 1}})
+    key = "x-gateway-destination-endpoint-served"
+    made.common_properties.metadata.filter_metadata["envoy.lb"].update({key: "10.0.0.2:2"})
+    assert logged(made).served == "10.0.0.2:2"
+
+
+@pytest.mark.parametrize(
+    ("value", "count"),
+    [(3, 3), (0, 0), ("17", 17), ("", None), ("x", None), (-1, None), (1e30, None), (True, None), (None, None)],
+)
+def test_token_counts_come_as_numbers_or_text(value: Any, count: int | None) -> None:
+    made = entry()
+    made.common_properties.metadata.filter_metadata["extproc.usage"].update({"prompt_tokens": value})
+    assert logged(made).prompt_tokens == count
+    assert logged(made).completion_tokens is None
+
+
+def test_duration_of_proxies_that_lack_the_field() -> None:
+    assert logged(entry()).duration_s is None
+    assert logged(entry(time_to_last_downstream_tx_byte={"seconds": 2, "nanos": 500_000_000})).duration_s == 2.5
+    both = entry(duration={"seconds": 3}, time_to_last_downstream_tx_byte={"seconds": 2})
+    assert logged(both).duration_s == 3.0
+
+
+def test_an_entry_without_our_flight() -> None:
+    assert logged(HTTPAccessLogEntry()).flight is None
+
+
+def test_an_unreadable_access_log_message() -> None:
+    with pytest.raises(codec.Unreadable):
+        codec.log_entries(b"\xff")
