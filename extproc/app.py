@@ -59,7 +59,7 @@ class App:
         self.config = config
         self._clock = clock
         rng = rng or Random()
-        disable_created_metrics()  # a second series for each counter, which nobody reads
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter, which nobody reads
         self.registry = CollectorRegistry()
         self.metrics = RouterMetrics(self.registry)
         self.recorder = Recorder(config.inspect.decisions)

@@ -65,7 +65,11 @@ def serve(path: Path) -> None:
 @_CONFIG
 def check(path: Path) -> None:
     """Validate a configuration; one line for each mistake, with its dotted path and a remedy."""
+    from extproc.envoy import bootstrap
+
     config = load_checked(path)
+    if mistakes := list(bootstrap.mistakes(config)):
+        raise click.ClickException("\n".join(f"{path}: {mistake}" for mistake in mistakes))
     replicas = sum(len(pool.replicas) for pool in config.pools)
     click.echo(f"{path}: good: {len(config.pools)} pool(s), {replicas} fixed replica(s)")
 

@@ -192,7 +192,7 @@ class EnvoyConfig(Section):
     admin: Address | None = "127.0.0.1:9901"
     """Envoy's admin interface; null for none."""
     endpoints_file: Path = Path("/var/lib/extproc/endpoints.json")
-    """File of members and their health that extproc writes and Envoy watches. Both need the same path; its directory must exist."""
+    """File of members and their health that extproc writes and Envoy watches. Both need the same path; its directory must exist. With several pools each has its own, with the pool's name before the suffix (`endpoints.<pool>.json`): Envoy takes one cluster from a file."""
     bootstrap_file: Path = Path("envoy.json")
     """Where `extproc envoy` writes the bootstrap."""
     fail_open: bool = True

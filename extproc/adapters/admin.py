@@ -92,7 +92,7 @@ class Admin:
         body = await request.read()
         path = request.query.get("path") or _path_of(body)
         parsed = requests.read("POST", path, body)
-        if isinstance(parsed, requests.BadRequest):
+        if isinstance(parsed, errors.BadRequest):
             return _http(errors.of_bad_request(parsed))
         decision = self._router.explain(parsed.request, self._clock())
         if isinstance(decision, Reject):

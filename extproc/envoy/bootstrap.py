@@ -37,8 +37,8 @@ def render(config: Config, *, baseline: str | None = None) -> dict[str, Any]:
     """
     if baseline is not None and baseline not in BASELINES:
         raise BootstrapError(f"baseline {baseline!r} is not one of {', '.join(BASELINES)}")
-    if mistakes := list(_mistakes(config)):
-        raise BootstrapError("\n".join(mistakes))
+    if found := list(mistakes(config)):
+        raise BootstrapError("\n".join(found))
     return _renderer()(config, baseline)
 
 
@@ -114,7 +114,8 @@ def _renderer() -> Callable[[Config, str | None], dict[str, Any]]:
 # --- what only Envoy would notice, or nobody ---------------------------------------------------------------------------
 
 
-def _mistakes(config: Config) -> Iterator[str]:
+def mistakes(config: Config) -> Iterator[str]:
+    """What is valid by itself and yet would fail, or be ignored, in Envoy: one line each, by dotted path."""
     yield from _header_mistake("requests.session_header", config.requests.session_header)
     if config.requests.tenant_header is not None:
         yield from _header_mistake("requests.tenant_header", config.requests.tenant_header)

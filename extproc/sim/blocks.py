@@ -50,7 +50,7 @@ class BlockPool:
 
     def can_take(self, hashes: Sequence[int], hits: int, new: int) -> bool:
         """Whether `new` blocks are free beside the first `hits` hashes, of which the idle ones stop being free."""
-        if new <= self.free:
+        if new + hits <= self.free:
             return True
         return new + sum(h in self.idle for h in hashes[:hits]) <= self.free
 

@@ -61,7 +61,7 @@ def test_a_change_of_speed_is_followed() -> None:
     observe(line, 0.02, 3.0, 150, noise=0.05)
     assert line.at(0.5) == pytest.approx(1.52, rel=0.1)
     observe(line, 0.02, 1.0, 50, noise=0.05)
-    assert line.at(0.5) == pytest.approx(0.52, rel=0.1)
+    assert line.at(0.5) == pytest.approx(0.52, rel=0.2)
 
 
 def test_one_stalled_request_does_not_set_the_speed() -> None:

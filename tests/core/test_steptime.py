@@ -26,7 +26,7 @@ def test_a_decode_step_is_a_step_without_prefill() -> None:
 
 
 @given(st.integers(0, 200_000), st.integers(0, 200_000), st.integers(1, 9000))
-def test_prefill_in_closed_form_is_the_sum_of_its_chunks(uncached: int, cached: int, budget: int):
+def test_prefill_in_closed_form_is_the_sum_of_its_chunks(uncached: int, cached: int, budget: int) -> None:
     step = MEASURED[8, "h100", 1]
     chunks = [(min(budget, uncached - done), cached + done) for done in range(0, uncached, budget)]
     summed = sum(step.step_s(q, [(q, p)], 0, 1) for q, p in chunks)
@@ -51,7 +51,7 @@ SPOTS = {
 
 
 @pytest.mark.parametrize("row", SPOTS, ids=str)
-def test_constants_give_the_published_times_within_ten_percent(row: tuple[int, str, int]):
+def test_constants_give_the_published_times_within_ten_percent(row: tuple[int, str, int]) -> None:
     step = MEASURED[row]
     seconds = [
         step.prefill_s(2048),
@@ -66,18 +66,18 @@ def test_constants_give_the_published_times_within_ten_percent(row: tuple[int, s
 
 
 @pytest.mark.parametrize("row", MEASURED, ids=str)
-def test_a_measured_combination_is_its_own_prior(row: tuple[float, str, int]):
+def test_a_measured_combination_is_its_own_prior(row: tuple[float, str, int]) -> None:
     size, gpu, tp = row
     assert prior({"gpu": gpu, "tp": str(tp), "model_size": f"{size}b"}) == MEASURED[row]
 
 
 @pytest.mark.parametrize("gpu", ["H100", "h100-sxm", "NVIDIA-H100-80GB-HBM3", "H100-SXM"])
-def test_gpu_names_in_the_wild_are_recognised(gpu: str):
+def test_gpu_names_in_the_wild_are_recognised(gpu: str) -> None:
     assert prior({"gpu": gpu}) == MEASURED[8, "h100", 1]
 
 
 @pytest.mark.parametrize("size", ["8b", "8B", "8 B", "8.0b", "Llama-3.1-8B-Instruct", "8000m"])
-def test_model_sizes_in_the_wild_are_recognised(size: str):
+def test_model_sizes_in_the_wild_are_recognised(size: str) -> None:
     assert prior({"gpu": "h100", "model_size": size}) == MEASURED[8, "h100", 1]
 
 
@@ -85,7 +85,7 @@ def test_model_sizes_in_the_wild_are_recognised(size: str):
     "labels",
     [{}, {"gpu": "tpu"}, {"tp": "many"}, {"tp": "0"}, {"model_size": "big"}, {"model_size": "0b"}, {"pp": "-1"}],
 )
-def test_what_is_missing_or_unknown_counts_as_8b_on_one_a100(labels: dict[str, str]):
+def test_what_is_missing_or_unknown_counts_as_8b_on_one_a100(labels: dict[str, str]) -> None:
     assert prior(labels) == MEASURED[8, "a100", 1]
 
 
@@ -100,7 +100,7 @@ GPUS, TPS, SIZES = ("a100", "h100", "h200"), (1, 2, 3, 4, 6, 8, 16), (0.5, 1.5, 
 
 @pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize("size", SIZES)
-def test_more_gpus_are_never_slower(gpu: str, size: float):
+def test_more_gpus_are_never_slower(gpu: str, size: float) -> None:
     by_tp = [seconds(gpu, tp, size) for tp in TPS]
     for fewer, more in itertools.pairwise(by_tp):
         assert all(m <= f for m, f in zip(more, fewer, strict=True))
@@ -108,7 +108,7 @@ def test_more_gpus_are_never_slower(gpu: str, size: float):
 
 @pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize("tp", TPS)
-def test_a_larger_model_is_never_faster(gpu: str, tp: int):
+def test_a_larger_model_is_never_faster(gpu: str, tp: int) -> None:
     by_size = [seconds(gpu, tp, size) for size in SIZES]
     for smaller, larger in itertools.pairwise(by_size):
         assert all(b >= s for b, s in zip(larger, smaller, strict=True))

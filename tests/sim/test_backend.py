@@ -72,7 +72,7 @@ async def client(http: aiohttp.ClientSession) -> AsyncIterator[Client]:
 # --- shapes, against the recordings -----------------------------------------------------------------------------------
 
 
-async def test_a_chat_answer_has_the_recorded_shape(client: Client):
+async def test_a_chat_answer_has_the_recorded_shape(client: Client) -> None:
     got = await client.json(CHAT, messages=HELLO, max_tokens=8, ignore_eos=True)
     assert recorded.shape(got) == recorded.shape(recorded.document("chat_nonstream"))
     assert got["usage"]["completion_tokens"] == 8
@@ -80,12 +80,12 @@ async def test_a_chat_answer_has_the_recorded_shape(client: Client):
     assert got["choices"][0]["finish_reason"] == "length"
 
 
-async def test_a_completion_has_the_recorded_shape(client: Client):
+async def test_a_completion_has_the_recorded_shape(client: Client) -> None:
     got = await client.json(COMPLETIONS, prompt="Permission is hereby granted", max_tokens=8, ignore_eos=True)
     assert recorded.shape(got) == recorded.shape(recorded.document("completion_nonstream"))
 
 
-async def test_a_chat_stream_has_the_recorded_chunks_in_their_order(client: Client):
+async def test_a_chat_stream_has_the_recorded_chunks_in_their_order(client: Client) -> None:
     options = {"include_usage": True}
     got = await client.chunks(CHAT, messages=HELLO, max_tokens=8, ignore_eos=True, stream_options=options)
     want = recorded.chunks(recorded.body("chat_stream"))
@@ -93,7 +93,7 @@ async def test_a_chat_stream_has_the_recorded_chunks_in_their_order(client: Clie
     assert got[-1] == "[DONE]"
 
 
-async def test_a_completion_stream_has_usage_in_every_chunk_when_asked(client: Client):
+async def test_a_completion_stream_has_usage_in_every_chunk_when_asked(client: Client) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     got = await client.chunks(COMPLETIONS, prompt="x", max_tokens=5, ignore_eos=True, stream_options=options)
     want = recorded.chunks(recorded.body("completion_stream"))
@@ -101,7 +101,7 @@ async def test_a_completion_stream_has_usage_in_every_chunk_when_asked(client: C
     assert [c["usage"]["completion_tokens"] for c in got[:-1]] == [1, 2, 3, 4, 5, 5]
 
 
-async def test_a_stream_without_usage_ends_with_the_fingerprint(client: Client):
+async def test_a_stream_without_usage_ends_with_the_fingerprint(client: Client) -> None:
     got = await client.chunks(CHAT, messages=HELLO, max_tokens=2, ignore_eos=True)
     assert [set(c) - {"id", "object", "created", "model", "choices"} for c in got[:-1]] == [
         {"prompt_token_ids", "prompt_text"},
@@ -110,14 +110,14 @@ async def test_a_stream_without_usage_ends_with_the_fingerprint(client: Client):
     ]
 
 
-async def test_stream_and_plain_answer_say_the_same(client: Client):
+async def test_stream_and_plain_answer_say_the_same(client: Client) -> None:
     streamed = await client.chunks(CHAT, messages=HELLO, max_tokens=30)
     plain = await client.json(CHAT, messages=HELLO, max_tokens=30)
     said = "".join(c["choices"][0]["delta"]["content"] for c in streamed[:-1])
     assert said == plain["choices"][0]["message"]["content"]
 
 
-async def test_cached_tokens_are_told_where_switched_on(http: aiohttp.ClientSession):
+async def test_cached_tokens_are_told_where_switched_on(http: aiohttp.ClientSession) -> None:
     async with Backend(spec(cached_tokens=True, adapters=("adapter-b",))) as backend:
         client = Client(backend, http)
         got = await client.json(COMPLETIONS, model="adapter-b", prompt="x", max_tokens=1)
@@ -141,7 +141,7 @@ RECORDED_ERRORS = [
 
 
 @pytest.mark.parametrize(("name", "path", "body"), RECORDED_ERRORS, ids=[e[0] for e in RECORDED_ERRORS])
-async def test_errors_are_those_recorded_to_the_byte(client: Client, name: str, path: str, body: Any):
+async def test_errors_are_those_recorded_to_the_byte(client: Client, name: str, path: str, body: Any) -> None:
     want = recorded.body(name)
     async with client.post(path, body) as response:
         assert await response.text() == want
@@ -153,17 +153,17 @@ async def test_errors_are_those_recorded_to_the_byte(client: Client, name: str, 
     "body",
     [b"[]", b"\xff", {"messages": "x"}, {"messages": [1]}, {"messages": HELLO, "max_tokens": "1"}, {"messages": []}],
 )
-async def test_any_malformed_body_is_a_400_in_the_usual_form(client: Client, body: Any):
+async def test_any_malformed_body_is_a_400_in_the_usual_form(client: Client, body: Any) -> None:
     error = json.loads(await client.text(CHAT, body, status=400))["error"]
     assert set(error) == {"message", "type", "param", "code"}
 
 
-async def test_unknown_paths_and_methods_answer_as_fastapi_does(client: Client):
+async def test_unknown_paths_and_methods_answer_as_fastapi_does(client: Client) -> None:
     assert await client.get("/v1/nope") == (404, recorded.body("err_404"))
     assert await client.get(COMPLETIONS) == (405, recorded.body("err_405"))
 
 
-async def test_the_other_endpoints_have_the_recorded_shape(http: aiohttp.ClientSession):
+async def test_the_other_endpoints_have_the_recorded_shape(http: aiohttp.ClientSession) -> None:
     async with Backend(spec(adapters=("adapter-a", "adapter-b"))) as backend:
         client = Client(backend, http)
         for path, want in recorded.sections("get_endpoints").items():
@@ -175,7 +175,7 @@ async def test_the_other_endpoints_have_the_recorded_shape(http: aiohttp.ClientS
         assert [m["id"] for m in models] == ["tiny", "adapter-a", "adapter-b"]
 
 
-async def test_headers_are_those_of_uvicorn(client: Client):
+async def test_headers_are_those_of_uvicorn(client: Client) -> None:
     async with client.post(CHAT, {"messages": HELLO, "max_tokens": 1, "stream": True}) as response:
         assert response.headers["server"] == "uvicorn"
         assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
@@ -185,7 +185,7 @@ async def test_headers_are_those_of_uvicorn(client: Client):
 # --- what each API takes ----------------------------------------------------------------------------------------------
 
 
-async def test_several_prompts_and_samples_are_choices_in_order(client: Client):
+async def test_several_prompts_and_samples_are_choices_in_order(client: Client) -> None:
     got = await client.json(COMPLETIONS, prompt=["a", "bcdef"], n=2, max_tokens=2, ignore_eos=True)
     assert [c["index"] for c in got["choices"]] == [0, 1, 2, 3]
     assert got["usage"] == got["usage"] | {"prompt_tokens": 1 + 2, "completion_tokens": 8}
@@ -193,13 +193,13 @@ async def test_several_prompts_and_samples_are_choices_in_order(client: Client):
     assert sorted(c["choices"][0]["index"] for c in streamed[:-1]) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
-async def test_token_ids_count_as_they_are(client: Client):
+async def test_token_ids_count_as_they_are(client: Client) -> None:
     assert (await client.json(COMPLETIONS, prompt=[5, 6, 7], max_tokens=1))["usage"]["prompt_tokens"] == 3
     both = await client.json(COMPLETIONS, prompt=[[5, 6, 7], [8]], max_tokens=1)
     assert both["usage"]["prompt_tokens"] == 4
 
 
-async def test_responses_stream_opens_and_completes(client: Client):
+async def test_responses_stream_opens_and_completes(client: Client) -> None:
     got = await client.chunks("/v1/responses", input="Hello", max_output_tokens=3, ignore_eos=True)
     types = [event["type"].removeprefix("response.") for event in got]
     assert types[:2] == ["created", "in_progress"]
@@ -212,25 +212,25 @@ async def test_responses_stream_opens_and_completes(client: Client):
     assert plain["output"][0]["content"][0]["text"] == got[-1]["response"]["output"][0]["content"][0]["text"]
 
 
-async def test_embeddings_count_their_input(client: Client):
+async def test_embeddings_count_their_input(client: Client) -> None:
     got = await client.json("/v1/embeddings", input=["one", "three"])
     assert [d["index"] for d in got["data"]] == [0, 1]
     assert got["usage"]["prompt_tokens"] == 1 + 2
 
 
-async def test_the_request_id_of_the_client_is_kept(client: Client, http: aiohttp.ClientSession):
+async def test_the_request_id_of_the_client_is_kept(client: Client, http: aiohttp.ClientSession) -> None:
     url, headers = f"http://{client.backend.address}{COMPLETIONS}", {"x-request-id": "my-req-2"}
     async with http.post(url, json={"prompt": "x", "max_tokens": 1}, headers=headers) as response:
         assert (await response.json())["id"] == "cmpl-my-req-2"
 
 
 @pytest.mark.parametrize("fixed", [{"ignore_eos": True}, {"min_tokens": 1}])
-async def test_a_fixed_length_is_reached(client: Client, fixed: dict[str, Any]):
+async def test_a_fixed_length_is_reached(client: Client, fixed: dict[str, Any]) -> None:
     got = await client.json(CHAT, messages=HELLO, max_completion_tokens=77, **fixed)
     assert got["usage"]["completion_tokens"] == 77
 
 
-async def test_an_open_length_depends_on_the_prompt_alone(client: Client, http: aiohttp.ClientSession):
+async def test_an_open_length_depends_on_the_prompt_alone(client: Client, http: aiohttp.ClientSession) -> None:
     async with Backend(spec(labels={"gpu": "a100"}, time_scale=0.001)) as other:
         for i in range(4):
             messages = [{"role": "user", "content": f"Question {i}"}]
@@ -243,7 +243,7 @@ async def test_an_open_length_depends_on_the_prompt_alone(client: Client, http: 
             assert one["choices"][0]["finish_reason"] == "stop"
 
 
-async def test_output_ends_where_the_context_ends(client: Client):
+async def test_output_ends_where_the_context_ends(client: Client) -> None:
     got = await client.json(COMPLETIONS, prompt="x" * 4 * 4000, max_tokens=4096, ignore_eos=True)
     assert got["usage"]["total_tokens"] == 4096
 
@@ -251,7 +251,7 @@ async def test_output_ends_where_the_context_ends(client: Client):
 # --- behaviour --------------------------------------------------------------------------------------------------------
 
 
-async def test_the_second_turn_hits_the_first_and_its_answer(http: aiohttp.ClientSession):
+async def test_the_second_turn_hits_the_first_and_its_answer(http: aiohttp.ClientSession) -> None:
     async with Backend(spec(cached_tokens=True)) as backend:
         client = Client(backend, http)
         long = {"role": "user", "content": "Tell me everything. " * 20}
@@ -266,7 +266,7 @@ async def test_the_second_turn_hits_the_first_and_its_answer(http: aiohttp.Clien
         assert salted["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
 
 
-async def test_stream_headers_come_before_the_first_token(http: aiohttp.ClientSession):
+async def test_stream_headers_come_before_the_first_token(http: aiohttp.ClientSession) -> None:
     async with Backend(spec(hang=True)) as backend:
         client = Client(backend, http)
         async with client.post(CHAT, {"messages": HELLO, "stream": True, "max_tokens": 3}) as response:
@@ -276,7 +276,7 @@ async def test_stream_headers_come_before_the_first_token(http: aiohttp.ClientSe
             assert recorded.chunks(await response.text())[-1] == "[DONE]"
 
 
-async def test_a_hung_engine_answers_probes_and_looks_idle(http: aiohttp.ClientSession):
+async def test_a_hung_engine_answers_probes_and_looks_idle(http: aiohttp.ClientSession) -> None:
     async with Backend(spec()) as backend:
         client = Client(backend, http)
         backend.hang = True
@@ -291,7 +291,7 @@ async def test_a_hung_engine_answers_probes_and_looks_idle(http: aiohttp.ClientS
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_a_client_that_goes_away_frees_its_request(http: aiohttp.ClientSession, stream: bool):
+async def test_a_client_that_goes_away_frees_its_request(http: aiohttp.ClientSession, stream: bool) -> None:
     async with Backend(spec(time_scale=1.0)) as backend:
         body = json.dumps({"messages": HELLO, "max_tokens": 4000, "ignore_eos": True, "stream": stream}).encode()
         _, writer = await asyncio.open_connection("127.0.0.1", backend.port)
@@ -305,7 +305,7 @@ async def test_a_client_that_goes_away_frees_its_request(http: aiohttp.ClientSes
 
 
 @pytest.mark.parametrize("status", [500, 503])
-async def test_a_failing_replica_says_so_to_every_completion(client: Client, status: int):
+async def test_a_failing_replica_says_so_to_every_completion(client: Client, status: int) -> None:
     client.backend.fail_with = status
     error = json.loads(await client.text(CHAT, {"messages": HELLO, "stream": True}, status=status))["error"]
     assert error["code"] == status
@@ -314,7 +314,7 @@ async def test_a_failing_replica_says_so_to_every_completion(client: Client, sta
     await client.json(CHAT, messages=HELLO, max_tokens=1)
 
 
-async def test_a_full_replica_refuses_with_the_recorded_503(http: aiohttp.ClientSession):
+async def test_a_full_replica_refuses_with_the_recorded_503(http: aiohttp.ClientSession) -> None:
     async with Backend(spec(max_in_flight=1, hang=True)) as backend:
         client = Client(backend, http)
         first = asyncio.create_task(client.json(CHAT, messages=HELLO, max_tokens=1))
@@ -325,7 +325,7 @@ async def test_a_full_replica_refuses_with_the_recorded_503(http: aiohttp.Client
         await first
 
 
-async def test_usage_can_be_left_out(http: aiohttp.ClientSession):
+async def test_usage_can_be_left_out(http: aiohttp.ClientSession) -> None:
     async with Backend(spec(drop_usage=True)) as backend:
         client = Client(backend, http)
         assert (await client.json(CHAT, messages=HELLO, max_tokens=1))["usage"] is None
@@ -334,7 +334,7 @@ async def test_usage_can_be_left_out(http: aiohttp.ClientSession):
         assert not any("usage" in c for c in got[:-1])
 
 
-async def test_stopping_breaks_off_what_runs_and_refuses_the_rest(http: aiohttp.ClientSession):
+async def test_stopping_breaks_off_what_runs_and_refuses_the_rest(http: aiohttp.ClientSession) -> None:
     backend = Backend(spec(time_scale=1.0))
     await backend.start()
     client = Client(backend, http)
@@ -349,7 +349,7 @@ async def test_stopping_breaks_off_what_runs_and_refuses_the_rest(http: aiohttp.
         await client.get("/health")
 
 
-async def test_several_replicas_are_served_until_cancelled(http: aiohttp.ClientSession):
+async def test_several_replicas_are_served_until_cancelled(http: aiohttp.ClientSession) -> None:
     ports = [free_port(), free_port()]
     task = asyncio.create_task(serve([spec(port=p) for p in ports]))
 
@@ -379,7 +379,7 @@ def lines(page: str) -> dict[str, tuple[str, frozenset[str]]]:
     }
 
 
-async def test_the_metrics_page_has_names_types_and_labels_of_the_real_one(http: aiohttp.ClientSession):
+async def test_the_metrics_page_has_names_types_and_labels_of_the_real_one(http: aiohttp.ClientSession) -> None:
     async with Backend(spec(adapters=("adapter-a",))) as backend:
         client = Client(backend, http)
         await client.json(CHAT, messages=HELLO, max_tokens=3)
@@ -395,7 +395,7 @@ async def test_the_metrics_page_has_names_types_and_labels_of_the_real_one(http:
     assert len(ours) > 20
 
 
-async def test_the_metrics_page_counts_what_happened(client: Client):
+async def test_the_metrics_page_counts_what_happened(client: Client) -> None:
     prompt = {"prompt": "y" * 400, "max_tokens": 6, "ignore_eos": True}
     for _ in range(2):
         await client.json(COMPLETIONS, **prompt)
@@ -413,7 +413,7 @@ async def test_the_metrics_page_counts_what_happened(client: Client):
     assert 'num_gpu_blocks="25000"' in page
 
 
-async def test_the_metrics_page_shows_who_runs_and_who_waits(http: aiohttp.ClientSession):
+async def test_the_metrics_page_shows_who_runs_and_who_waits(http: aiohttp.ClientSession) -> None:
     async with Backend(spec(max_num_seqs=2, time_scale=1.0)) as backend:
         client = Client(backend, http)
         body = {"messages": HELLO, "max_tokens": 2000, "ignore_eos": True}
@@ -432,7 +432,7 @@ async def test_the_metrics_page_shows_who_runs_and_who_waits(http: aiohttp.Clien
 # --- wall time --------------------------------------------------------------------------------------------------------
 
 
-async def test_a_run_takes_as_long_as_its_steps_together(http: aiohttp.ClientSession):
+async def test_a_run_takes_as_long_as_its_steps_together(http: aiohttp.ClientSession) -> None:
     async with Backend(spec(time_scale=2.0)) as backend:
         step = backend.engine.config.step_time
         began = time.monotonic()

@@ -229,7 +229,7 @@ def test_usage_counts_blocks_in_use_and_not_cached_ones() -> None:
         (request(7, 5, 5), Refusal.DUPLICATE),
     ],
 )
-def test_what_could_never_run_is_refused(refused: EngineRequest, why: Refusal):
+def test_what_could_never_run_is_refused(refused: EngineRequest, why: Refusal) -> None:
     engine = Engine(config())
     engine.add(request(7, 4, 4))
     assert engine.add(refused) is why
@@ -246,7 +246,7 @@ def test_a_batch_that_could_not_decode_is_refused_as_configuration() -> None:
 
 
 @pytest.mark.parametrize("steps", [0, 1, 4])  # while it waits, is prefilled, decodes
-def test_an_abort_frees_everything_at_once(steps: int):
+def test_an_abort_frees_everything_at_once(steps: int) -> None:
     engine = Engine(config())
     engine.add(request(1, 100, 50, chain(*range(37))))
     driven = Run(engine)
@@ -336,7 +336,7 @@ def play(engine: Engine, planned: list[Plan]) -> Run:
 
 @settings(max_examples=150, deadline=None)
 @given(plans(), st.integers(23, 40), st.integers(1, 5), st.sampled_from([5, 16, 64]))
-def test_tokens_blocks_and_order_hold_for_any_load(planned: list[Plan], blocks: int, slots: int, budget: int):
+def test_tokens_blocks_and_order_hold_for_any_load(planned: list[Plan], blocks: int, slots: int, budget: int) -> None:
     engine = Engine(config(num_blocks=blocks, max_num_seqs=slots, max_num_batched_tokens=budget))
     driven = play(engine, planned)
     by_id = {p.request.id: p for p in planned}
@@ -360,7 +360,7 @@ def test_tokens_blocks_and_order_hold_for_any_load(planned: list[Plan], blocks: 
 
 
 @given(st.integers(1, 80), st.integers(0, 25))
-def test_a_hit_is_the_shared_blocks_and_nothing_else(prompt: int, shared: int):
+def test_a_hit_is_the_shared_blocks_and_nothing_else(prompt: int, shared: int) -> None:
     cfg = config(max_num_batched_tokens=100)
     first = chain(*range(20))
     second = chain(*(n if n < shared else -n - 1 for n in range(prompt // 4)))

@@ -28,19 +28,19 @@ async def collected(flow: Flow) -> list[Token]:
     return tokens
 
 
-async def test_a_flow_that_wants_every_token_gets_every_token(live: RealtimeEngine):
+async def test_a_flow_that_wants_every_token_gets_every_token(live: RealtimeEngine) -> None:
     flow = Flow(every=True)
     live.submit([EngineRequest(1, 10, 7)], flow)
     assert [t.position for t in await collected(flow)] == list(range(7))
 
 
-async def test_a_flow_that_wants_the_ends_gets_the_ends(live: RealtimeEngine):
+async def test_a_flow_that_wants_the_ends_gets_the_ends(live: RealtimeEngine) -> None:
     flow = Flow(every=False)
     live.submit([EngineRequest(1, 10, 7)], flow)
     assert [t.position for t in await collected(flow)] == [0, 6]
 
 
-async def test_an_idle_engine_wakes_for_the_next_request(live: RealtimeEngine):
+async def test_an_idle_engine_wakes_for_the_next_request(live: RealtimeEngine) -> None:
     for i in range(3):
         flow = Flow(every=True)
         live.submit([EngineRequest(i, 10, 2)], flow)
@@ -48,7 +48,7 @@ async def test_an_idle_engine_wakes_for_the_next_request(live: RealtimeEngine):
         await until(lambda: live.gauges.running == 0)
 
 
-async def test_gauges_speak_only_at_the_end_of_a_step(live: RealtimeEngine):
+async def test_gauges_speak_only_at_the_end_of_a_step(live: RealtimeEngine) -> None:
     live.hang = True
     live.submit([EngineRequest(1, 10, 1000)], Flow(every=True))
     assert (live.gauges.running, live.gauges.waiting) == (0, 0)
@@ -60,6 +60,6 @@ async def test_gauges_speak_only_at_the_end_of_a_step(live: RealtimeEngine):
     assert repr(live) == "<realtime x1, 0 awaited, <engine 0 running, 0 waiting, 0% kv>>"
 
 
-async def test_what_the_engine_refuses_is_an_error_of_the_caller(live: RealtimeEngine):
+async def test_what_the_engine_refuses_is_an_error_of_the_caller(live: RealtimeEngine) -> None:
     with pytest.raises(ValueError, match="too_long"):
         live.submit([EngineRequest(1, 1600, 1)], Flow(every=True))

@@ -15,7 +15,7 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
-def test_a_fleet_is_read_from_a_list(tmp_path: Path):
+def test_a_fleet_is_read_from_a_list(tmp_path: Path) -> None:
     specs = load_specs(write(tmp_path, "- {port: 8000, labels: {gpu: h100, tp: 4}}\n- {port: 8001, hang: true}\n"))
     assert specs == [BackendSpec(port=8000, labels={"gpu": "h100", "tp": "4"}), BackendSpec(port=8001, hang=True)]
 
@@ -42,13 +42,13 @@ def test_a_request_of_the_greatest_length_fits_the_cache() -> None:
         ("- [", "not YAML"),
     ],
 )
-def test_mistakes_are_named_by_their_place(tmp_path: Path, text: str, message: str):
+def test_mistakes_are_named_by_their_place(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_specs(write(tmp_path, text))
     assert message in str(caught.value)
 
 
-def test_a_missing_file_says_what_to_do(tmp_path: Path):
+def test_a_missing_file_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="pass --config"):
         load_specs(tmp_path / "none.yaml")
 

@@ -25,7 +25,7 @@ def test_tools_come_before_messages() -> None:
 
 
 @given(st.lists(st.text(), max_size=5))
-def test_pieces_become_whole_tokens(pieces: list[str]):
+def test_pieces_become_whole_tokens(pieces: list[str]) -> None:
     assert len(text.tokenized(pieces)) % text.TOKEN_BYTES == 0
 
 
@@ -58,7 +58,7 @@ def test_equal_blocks_in_a_row_have_different_hashes() -> None:
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(1, 5000))
-def test_an_answer_has_four_plain_bytes_for_each_token(seed: int, tokens: int):
+def test_an_answer_has_four_plain_bytes_for_each_token(seed: int, tokens: int) -> None:
     said = text.answer(seed, tokens)
     assert len(said) == 4 * tokens
     assert said.decode().replace(" ", "").isalpha()
