@@ -11,6 +11,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from random import Random
 from typing import Any
 
@@ -36,6 +37,10 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.25
 """How often lost flights are swept and the members file is compared; both cost microseconds when there is nothing to do."""
+
+
+class StartError(Exception):
+    """Extproc cannot listen where it is told to; the text names the key and the remedy."""
 
 
 class Waker(Quiet):
@@ -75,6 +80,7 @@ class App:
         self._sources = [discovery.from_config(pool, self._discovery_error(pool.name)) for pool in config.pools]
         self._known: set[str] = set()
         """Pools whose members are known; the members file is left alone until all are."""
+        self._members_changed = asyncio.Event()
         self._endpoints = EndpointsFile(config.envoy.endpoints_file)
         self._endpoints_error: str | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -83,18 +89,18 @@ class App:
         self.registry.register(ServerCollector(self._server.streams, self._server.entries))
 
     async def start(self) -> None:
-        """Begin to serve. Raises OSError when a port is taken, EndpointsError when the members file cannot be written."""
+        """Begin to serve. Raises StartError when a port is taken, EndpointsError when the members file cannot be written."""
         for source in self._sources:
             self._spawn(source.run(self._changed), f"discovery of {source.pool}")
         await asyncio.sleep(0)  # static pools tell their members at once
         self._write_endpoints(strict=True)
         self._spawn(self._tick(), "tick")
         await self._start_http()
-        await self._server.start()
+        await self._start_grpc()
         log.info("serving: %s", self.router)
 
     async def stop(self, grace_s: float = 5.0) -> None:
-        """End what was started, last first. Envoy goes on with the members it has."""
+        """End what was started, last first, also after a start that failed. Envoy goes on with the members it has."""
         await self._server.stop(grace_s)
         if self._web is not None:
             await self._web.cleanup()
@@ -140,6 +146,7 @@ class App:
         if isinstance(change, Reset):
             self._known.add(change.pool)
         self._scraper.follow(change)
+        self._members_changed.set()
 
     def _wake(self, address: str) -> None:
         self._scraper.wake(address)
@@ -160,7 +167,10 @@ class App:
 
     async def _tick(self) -> None:
         while True:
-            await asyncio.sleep(TICK_S)
+            # Envoy shall know a member no later than it is picked: until it does, its fallback takes the request elsewhere.
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._members_changed.wait(), TICK_S)
+            self._members_changed.clear()
             self.router.expire(self._clock())
             self._write_endpoints()
 
@@ -199,12 +209,27 @@ class App:
         )
         self._web = web.AppRunner(admin.application(), access_log=None)
         await self._web.setup()
-        listen = self.config.listen.http
-        if listen.startswith("unix:"):
-            await web.UnixSite(self._web, listen.removeprefix("unix:")).start()
-        else:
-            host, _, port = listen.rpartition(":")
-            await web.TCPSite(self._web, host.strip("[]"), int(port)).start()
+        try:
+            await _site(self._web, self.config.listen.http).start()
+        except OSError as e:
+            raise _cannot_listen("http", self.config.listen.http, e.strerror or str(e)) from None
+
+    async def _start_grpc(self) -> None:
+        try:
+            await self._server.start()
+        except RuntimeError:  # gRPC tells the reason in its own line on standard error, and not here
+            raise _cannot_listen("grpc", self.config.listen.grpc, "taken, or not of this machine") from None
+
+
+def _site(runner: web.AppRunner, listen: str) -> web.BaseSite:
+    if listen.startswith("unix:"):
+        return web.UnixSite(runner, listen.removeprefix("unix:"))
+    host, _, port = listen.rpartition(":")
+    return web.TCPSite(runner, host.strip("[]"), int(port))
+
+
+def _cannot_listen(key: str, listen: str, why: str) -> StartError:
+    return StartError(f"listen.{key}: cannot listen on {listen}: {why}; stop what listens there, or choose another")
 
 
 def settings(pool: PoolConfig) -> PoolSettings:

@@ -46,7 +46,7 @@ def serve(path: Path) -> None:
     """Serve Envoy's ext_proc, access log and health checks, and HTTP for inspection."""
     import uvloop
 
-    from extproc.app import App
+    from extproc.app import App, StartError
     from extproc.envoy.endpoints import EndpointsError
 
     config = load_checked(path)
@@ -57,7 +57,7 @@ def serve(path: Path) -> None:
     )
     try:
         uvloop.run(App(config).run())
-    except (OSError, EndpointsError) as e:
+    except (StartError, EndpointsError) as e:
         raise click.ClickException(str(e)) from None
 
 

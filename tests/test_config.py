@@ -61,4 +61,4 @@ def test_addresses_are_kept_in_the_form_that_envoy_reports(written: str, kept: s
 def test_configuration_is_frozen() -> None:
     config = parse("pools: [{replicas: [10.0.0.1:8000]}]")
     with pytest.raises(ValueError, match="frozen"):
-        config.listen = Config.model_fields["listen"].default  # type: ignore[misc]
+        config.listen = Config.model_fields["listen"].default

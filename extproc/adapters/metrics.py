@@ -73,56 +73,75 @@ class RouterMetrics:
         self.scrapes = counter("scrapes", "Scrapes of replicas' metrics.", "pool", "result")
         self.discovery_errors = counter("discovery_errors", "Discovery sources that could not be read.", "pool")
 
+        self._children: dict[tuple[Any, ...], Any] = {}
+        self._members: set[str] = set()
+        """Replicas named by a decision that have not left: an end that comes later must not bring their series back."""
+
+    def _of(self, metric: Counter | Histogram, *labels: str) -> Any:
+        """The series with these labels. `labels()` itself takes 2 us, ten times a request."""
+        key = (metric, *labels)
+        child = self._children.get(key)
+        if child is None:
+            child = self._children[key] = metric.labels(*labels)
+        return child
+
     def decided(self, decision: Decision) -> None:
-        labels = (decision.pool, decision.policy, decision.reason, decision.endpoints[0])
-        self.decisions.labels(*labels).inc()
-        self.prompt_size.labels(decision.pool).observe(decision.prompt_tokens)
+        pool = decision.pool
+        self._members.update(decision.endpoints)
+        self._of(self.decisions, pool, decision.policy, decision.reason, decision.endpoints[0]).inc()
+        self._of(self.prompt_size, pool).observe(decision.prompt_tokens)
 
     def decided_in(self, seconds: float) -> None:
         """How long one decision took, the body's parsing included."""
         self.deciding.observe(seconds)
 
     def refused(self, reject: Reject, pool: str | None) -> None:
-        self.refusals.labels(pool or "none", reject.refusal.value).inc()
+        self._of(self.refusals, pool or "none", reject.refusal.value).inc()
 
     def ended(self, ended: Ended) -> None:
         flight, outcome = ended.flight, ended.outcome
-        pool, replica = flight.pool, outcome.served or flight.address
-        self.outcomes.labels(pool, replica if not ended.moved else flight.address, outcome.end.value).inc()
+        pool = flight.pool
+        replica = outcome.served or flight.address
+        if replica not in self._members:
+            replica = "departed"
+        self._of(self.outcomes, pool, replica, outcome.end.value).inc()
         if ended.moved:
-            self.moved.labels(pool).inc()
+            self._of(self.moved, pool).inc()
         if ended.output_tokens:
-            self.output_tokens.labels(pool, flight.address).inc(ended.output_tokens)
+            self._of(self.output_tokens, pool, replica).inc(ended.output_tokens)
             if flight.output_tokens:
-                self.output_ratio.labels(pool).observe(flight.output_tokens * flight.samples / ended.output_tokens)
+                expected = flight.output_tokens * flight.samples
+                self._of(self.output_ratio, pool).observe(expected / ended.output_tokens)
         if outcome.duration_s is not None:
-            self.duration.labels(pool).observe(outcome.duration_s)
-        self._usage(ended)
+            self._of(self.duration, pool).observe(outcome.duration_s)
+        self._usage(ended, replica)
         self._first_token(ended)
 
     def unknown_flight(self, outcome: Outcome) -> None:
-        self.unknown.labels(outcome.end.value).inc()
+        self._of(self.unknown, outcome.end.value).inc()
 
-    def _usage(self, ended: Ended) -> None:
+    def _usage(self, ended: Ended, replica: str) -> None:
         flight, usage = ended.flight, ended.outcome.usage
         if usage is None or not usage.prompt_tokens:
             return
-        self.prompt_tokens.labels(flight.pool, flight.address).inc(usage.prompt_tokens)
-        self.prompt_ratio.labels(flight.pool).observe(flight.prompt_tokens / usage.prompt_tokens)
-        if usage.cached_tokens is not None:
-            self.predicted_hits.labels(flight.pool).inc(flight.prediction.cached_tokens)
-            self.actual_hits.labels(flight.pool).inc(usage.cached_tokens)
+        self._of(self.prompt_tokens, flight.pool, replica).inc(usage.prompt_tokens)
+        self._of(self.prompt_ratio, flight.pool).observe(flight.prompt_tokens / usage.prompt_tokens)
+        if usage.cached_tokens is not None and not ended.moved:
+            self._of(self.predicted_hits, flight.pool).inc(flight.prediction.cached_tokens)
+            self._of(self.actual_hits, flight.pool).inc(usage.cached_tokens)
 
     def _first_token(self, ended: Ended) -> None:
         flight, outcome = ended.flight, ended.outcome
         if not flight.stream or outcome.ttft_s is None:
             return
-        self.ttft.labels(flight.pool).observe(outcome.ttft_s)
+        self._of(self.ttft, flight.pool).observe(outcome.ttft_s)
         if outcome.replica_ttft_s and not ended.moved:
-            self.ttft_ratio.labels(flight.pool).observe(flight.prediction.ttft_s / outcome.replica_ttft_s)
+            self._of(self.ttft_ratio, flight.pool).observe(flight.prediction.ttft_s / outcome.replica_ttft_s)
 
     def left(self, pool: str, address: str) -> None:
         """Drop the series of a replica that is no longer a member: addresses of pods never come back."""
+        self._members.discard(address)
+        self._children = {key: child for key, child in self._children.items() if address not in key[1:]}
         for metric in (self.decisions, self.outcomes, self.prompt_tokens, self.output_tokens):
             metric.remove_by_labels({"pool": pool, "replica": address})
 

@@ -1,4 +1,4 @@
-"""The same load twice: through extproc, and through Envoy's own round robin; what came of both, side by side."""
+"""The same load through extproc, then through Envoy's own policies: what came of each, side by side."""
 
 from __future__ import annotations
 
@@ -21,14 +21,13 @@ from extproc.sim.client import Limits, Load, Record
 from extproc.sim.report import Counters, counters, predicted_share, summary, table, total
 from extproc.sim.workload import sessions
 
-BASELINE: Final = "round_robin"
 REQUEST_LIMIT_S: Final = 60.0
 SETTLE_S: Final = 5.0
 """For the last access log entries to arrive."""
 
 
 async def run_demo(path: Path | None, output: Path, console: Console | None = None) -> None:
-    """Both runs, the table, and the figures in `output`; files and logs in the directory of the same name beside it.
+    """All runs, the table, and the figures in `output`; files and logs in the directory of the same name beside it.
 
     Raises ConfigError, and DemoError when a process does not start or dies.
     """
@@ -36,13 +35,18 @@ async def run_demo(path: Path | None, output: Path, console: Console | None = No
     stack = open_stack(path, output.with_suffix(""))
     runs: dict[str, dict[str, Any]] = {}
     with _sigterm():
-        for name, baseline in (("extproc", None), (BASELINE, BASELINE)):
+        for baseline in (None, *stack.settings.baselines):
             async with stack.running(baseline) as running:
-                runs[name] = await _measured(running, name, console)
+                runs[running.name] = await _measured(running, console)
     _write(output, {**runs, **described(stack)})
-    policy = stack.config.pools[0].policy
-    console.print(table(runs, {"extproc": f"extproc, {policy}", BASELINE: "Envoy's round robin"}))
+    console.print(table(runs, titles(stack)))
     console.print(f"figures in {output}, logs in {stack.directory}")
+
+
+def titles(stack: Stack) -> dict[str, str]:
+    """Heads of the columns."""
+    envoys: dict[str, str] = {baseline: f"Envoy {baseline.replace('_', ' ')}" for baseline in stack.settings.baselines}
+    return {"extproc": f"extproc {stack.config.pools[0].policy}", **envoys}
 
 
 def _write(path: Path, figures: Mapping[str, Any]) -> None:
@@ -56,18 +60,19 @@ def described(stack: Stack) -> dict[str, Any]:
     return {**kept, "policy": stack.config.pools[0].policy, "at": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
 
 
-async def _measured(running: Running, name: str, console: Console) -> dict[str, Any]:
+async def _measured(running: Running, console: Console) -> dict[str, Any]:
     """One run of the load and its summary."""
     stack = running.stack
     before = await _replica_counters(running)
     began, cpu = time.monotonic(), _cpu(running)
-    records = await running.children.during(_load(stack, name, console))
+    records = await running.children.during(_load(stack, running.name, console))
     seconds = time.monotonic() - began
     used = {who: (value - cpu[who]) / seconds for who, value in _cpu(running).items()}
-    predicted = await _predicted(running) if name != BASELINE else None
+    predicted = None if running.baseline else await _predicted(running)
     after = await _replica_counters(running)
     counted = {address: after[address].since(before[address]) for address in after}
-    return {**summary(records, counted, stack.replicas, predicted), "cpu_cores": used}
+    planned = stack.settings.workload.sessions * stack.settings.workload.turns
+    return {**summary(records, counted, stack.replicas, predicted), "planned": planned, "cpu_cores": used}
 
 
 async def _load(stack: Stack, name: str, console: Console) -> list[Record]:
@@ -115,8 +120,7 @@ async def _predicted(running: Running) -> float | None:
 
 def _cpu(running: Running) -> Mapping[str, float]:
     """CPU seconds so far: children, and this process, which makes the load."""
-    names = {name.removesuffix(f"-{BASELINE}"): child for name, child in running.processes.items()}
-    return {"client": time.process_time(), **{name: cpu_s(child.pid) for name, child in names.items()}}
+    return {"client": time.process_time(), **{name: cpu_s(child.pid) for name, child in running.processes.items()}}
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError
@@ -53,6 +53,8 @@ class DemoSettings(Section):
     workload: Workload = Workload()
     ports: int = Field(default=10_000, ge=1, le=65_000)
     """First port: Envoy; then its admin, extproc's gRPC and HTTP, and from ten above it one for each replica."""
+    baselines: tuple[Literal["round_robin", "least_request", "random"], ...] = ("round_robin",)
+    """Envoy's own policies that the same load meets afterwards, one run each."""
     extproc: dict[str, Any] = Field(default={})
     """Merged over the configuration made for extproc, key by key; lists are replaced. `pools` may be left out: `pool` changes the one there is."""
     pool: dict[str, Any] = Field(default={})

@@ -63,20 +63,19 @@ class Stack:
     @asynccontextmanager
     async def running(self, baseline: str | None = None) -> AsyncIterator[Running]:
         """Fresh replicas with Envoy in front, ready; extproc too, unless `baseline` names one of Envoy's own policies."""
-        suffix = f"-{baseline}" if baseline else ""
         # Left from another run it may name replicas that are no more; without one, `extproc envoy` writes it anew.
         self.config.envoy.endpoints_file.unlink(missing_ok=True)
-        bootstrap = self.directory / f"envoy{suffix}.json"
+        bootstrap = self.directory / (f"envoy-{baseline}.json" if baseline else "envoy.json")
         async with aiohttp.ClientSession() as http, Children(self.directory) as children:
             await self._render(children, bootstrap, baseline)
-            running = Running(self, children, http)
-            await running.start(f"replicas{suffix}", "backend", "--config", self._path("backends.yaml"))
+            running = Running(self, children, http, baseline)
+            await running.start("replicas", "backend", "--config", self._path("backends.yaml"))
             for address in self.replicas:
                 await running.ready(f"replica {address}", f"http://{address}/health")
             if baseline is None:
                 await running.start("extproc", "serve", "--config", self._path("extproc.yaml"))
                 await running.ready("extproc", f"http://{self.ports.http}/readyz")
-            await running.start_envoy(f"envoy{suffix}", bootstrap)
+            await running.start_envoy(bootstrap)
             await running.ready("Envoy", f"http://{self.ports.admin}/ready")
             yield running
 
@@ -95,17 +94,29 @@ class Stack:
 class Running:
     """A stack whose processes run."""
 
-    def __init__(self, stack: Stack, children: Children, http: aiohttp.ClientSession) -> None:
-        self.stack, self.children, self.http = stack, children, http
+    def __init__(
+        self, stack: Stack, children: Children, http: aiohttp.ClientSession, baseline: str | None = None
+    ) -> None:
+        self.stack, self.children, self.http, self.baseline = stack, children, http, baseline
         self.processes: dict[str, Child] = {}
 
-    async def start(self, name: str, *command: str) -> None:
-        self.processes[name] = await self.children.start(name, beside("extproc"), *command)
+    @property
+    def name(self) -> str:
+        """Of the run, in figures and file names."""
+        return self.baseline or "extproc"
 
-    async def start_envoy(self, name: str, bootstrap: Path) -> None:
+    async def start(self, name: str, *command: str) -> None:
+        self.processes[name] = await self.children.start(self._log(name), beside("extproc"), *command)
+
+    async def start_envoy(self, bootstrap: Path) -> None:
         # Hot restart shares memory under a number, and a second Envoy on this machine would meet it there.
         options = ("--disable-hot-restart", "--concurrency", "1", "-l", "warning")
-        self.processes[name] = await self.children.start(name, beside("envoy"), "-c", str(bootstrap), *options)
+        self.processes["envoy"] = await self.children.start(
+            self._log("envoy"), beside("envoy"), "-c", str(bootstrap), *options
+        )
+
+    def _log(self, name: str) -> str:
+        return f"{name}-{self.baseline}" if self.baseline else name
 
     async def ready(self, what: str, url: str) -> None:
         await self.children.until(what, partial(answers, self.http, url), READY_S)
@@ -156,7 +167,7 @@ async def run_stack(path: Path | None, directory: Path = DIRECTORY, console: Con
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, ended.set)
     async with stack.running() as running:
-        console.print(usage(stack), highlight=False)
+        console.print(usage(stack), highlight=False, soft_wrap=True)
         # A child that dies ends the wait with its log; Ctrl-C ends it well.
         await running.children.during(_wait(ended))
     console.print("stopped")

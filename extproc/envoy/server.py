@@ -114,7 +114,9 @@ class Server:
         return f"{self._address.rpartition(':')[0]}:{port}"
 
     async def stop(self, grace_s: float) -> None:
-        """Report NOT_SERVING, take no more streams, give those under way `grace_s` seconds, then cut them."""
+        """Report NOT_SERVING, take no more streams, give those under way `grace_s` seconds, then cut them. Nothing if it was never started."""
+        if self._server is None:
+            return
         self.health.stop_serving()
         self._stopping = True
         stopping = asyncio.ensure_future(self._server.stop(grace_s))

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from extproc.sim.client import Record
@@ -119,8 +120,9 @@ def _values(c: Counters) -> list[float]:
 
 def table(runs: Mapping[str, Mapping[str, Any]], titles: Mapping[str, str]) -> Table:
     """Summaries side by side, the first against the second; `titles` names the columns."""
-    grid = Table(title="the same sessions, the same arrivals, fresh replicas", title_style="bold")
-    grid.add_column("")
+    title = "the same sessions, the same arrivals, fresh replicas"
+    grid = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    grid.add_column("", no_wrap=True)
     for key in runs:
         grid.add_column(titles.get(key, key), justify="right")
     names = list(runs)
@@ -169,8 +171,8 @@ def _addresses(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def _named(runs: Mapping[str, Mapping[str, Any]], address: str) -> str:
     labels = next(run["replicas"][address]["labels"] for run in runs.values() if address in run["replicas"])
-    what = f"{labels.get('gpu', '')} tp{labels['tp']}" if labels.get("tp") else labels.get("gpu", "")
-    return f"{address} {what}".rstrip()
+    what = [labels.get("gpu", ""), f"tp{labels['tp']}" if labels.get("tp") else ""]
+    return " ".join(filter(None, [*what, address]))
 
 
 def _share_of(run: Mapping[str, Any], address: str) -> str:
@@ -178,4 +180,4 @@ def _share_of(run: Mapping[str, Any], address: str) -> str:
     if replica is None:
         return "-"
     tokens = replica["prompt_tokens"] + replica["output_tokens"]
-    return f"{replica['requests']:,} req, {tokens:,} tok"
+    return f"{replica['requests']:,} req, {tokens / 1000:,.0f}k tok"

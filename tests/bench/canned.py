@@ -38,12 +38,11 @@ class Canned(asyncio.Protocol):
 
     def __init__(self) -> None:
         self._buffer = bytearray()
-        self._transport: asyncio.Transport
+        self._transport: asyncio.WriteTransport
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport) or hasattr(transport, "write")
-        self._transport = transport  # type: ignore[assignment]
+        self._transport = transport  # type: ignore[assignment]  # uvloop's own class, which is none of asyncio's
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._timer is not None:

@@ -36,7 +36,7 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.WriteTransport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport  # type: ignore[assignment]
+        self._transport = transport  # type: ignore[assignment]  # uvloop's own class, which is none of asyncio's
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._sent:

@@ -189,7 +189,7 @@ def test_hit_trust_falls_where_predicted_hits_do_not_come_and_recovers() -> None
 
 def test_latency_is_a_moving_average() -> None:
     one = at(fleet(1), 0)
-    assert one.latency_s is None
+    assert (one.latency_s, one.answered_at) == (None, 0.0)
     one.answered(10.0, 5.0)
     assert (one.latency_s, one.answered_at) == (10.0, 5.0)
     one.answered(5.0, 6.0)

@@ -223,7 +223,10 @@ def test_a_gap_without_work_stays_a_gap() -> None:
 
 steps = st.lists(
     st.tuples(
-        st.sampled_from(["open", "first", "still", "close"]), st.integers(0, 7), st.floats(0.0, 2.0), st.floats(0.0, 1.0)
+        st.sampled_from(["open", "first", "still", "close"]),
+        st.integers(0, 7),
+        st.floats(0.0, 2.0),
+        st.floats(0.0, 1.0),
     ),
     max_size=60,
 )

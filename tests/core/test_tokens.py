@@ -6,8 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extproc.core.tokens import BYTES_PER_TOKEN, OUTPUT_TOKENS, Bounded, Lengths, OutputTokens, PromptTokens
-from extproc.core.tokens import Ratio, ResponseBytes
+from extproc.core.tokens import (
+    BYTES_PER_TOKEN,
+    OUTPUT_TOKENS,
+    Bounded,
+    Lengths,
+    OutputTokens,
+    PromptTokens,
+    Ratio,
+    ResponseBytes,
+)
 from extproc.core.types import Api
 
 

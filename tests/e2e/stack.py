@@ -10,8 +10,10 @@ Extproc runs in the test's own process and loop, so that a test can look into it
 from __future__ import annotations
 
 import asyncio
+import io
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +96,7 @@ class Stack:
         """Send a request, by default a short chat; the response is a context manager."""
         data = body if isinstance(body, bytes) else json.dumps(body or chat()).encode()
         headers = {"content-type": "application/json", **options.pop("headers", {})}
-        return self.client.post(f"{self.url}{path}", data=data, headers=headers, **options)
+        return self.client.post(f"{self.url}{path}", data=io.BytesIO(data), headers=headers, **options)
 
     async def served(self, body: Any = None, path: str = CHAT, **options: Any) -> str:
         """Who answered a request that must succeed."""
@@ -107,6 +109,11 @@ class Stack:
     def last(self) -> Record:
         """The newest decision."""
         return self.app.recorder.last(1)[0]
+
+    def since(self, record: Record) -> list[Record]:
+        """The decisions after that one, in their order."""
+        kept = self.app.recorder.last(1_000)
+        return kept[: kept.index(record)][::-1]
 
     async def ended(self) -> Record:
         """The newest decision, once its end is known."""
@@ -146,6 +153,7 @@ async def stack(
             await until(lambda: connected(envoy))
             if ready:
                 await until(lambda: all_ready(app))
+                await until(lambda: same_members(app, envoy))
             yield running
             await running.settled()
     finally:
@@ -166,11 +174,18 @@ async def connected(envoy: EnvoyProcess) -> bool:
 
 def all_ready(app: App) -> bool:
     """Whether every member has been sampled and says what it serves, where it is asked."""
-    now = asyncio.get_running_loop().time()
+    now = time.monotonic()
     return app.not_ready() is None and all(
         member.readiness(now) is Readiness.READY and (member.models or not member.scraped)
         for _, member in app.router.members()
     )
+
+
+async def same_members(app: App, envoy: EnvoyProcess) -> bool:
+    """Whether Envoy has the members that extproc has."""
+    clusters = await envoy.clusters()
+    pools = app.router.pools.items()
+    return all(set(clusters[names.cluster_name(n)]) == {m.address for m in p.fleet.members} for n, p in pools)
 
 
 async def gathered(count: int, one: Callable[[int], Awaitable[Any]], at_once: int = 16) -> list[Any]:
@@ -183,7 +198,3 @@ async def gathered(count: int, one: Callable[[int], Awaitable[Any]], at_once: in
 
     return list(await asyncio.gather(*map(held, range(count))))
 
-
-def counted(values: Mapping[str, int] | list[str]) -> dict[str, int]:
-    """How often each value occurs."""
-    return {value: list(values).count(value) for value in sorted(set(values))}

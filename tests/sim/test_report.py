@@ -83,12 +83,12 @@ def shown(runs: dict[str, Any]) -> str:
 
 def test_the_table_shows_both_runs_the_change_and_each_replica() -> None:
     labels = {"a:1": {"gpu": "h100", "tp": "4"}}
-    counted = {"a:1": Counters(requests=3, prompt_tokens=2000, output_tokens=500)}
+    counted = {"a:1": Counters(requests=3, prompt_tokens=2000, output_tokens=400)}
     one = summary([record(ttft_s=0.1)], counted, labels, 0.5)
     other = summary([record(ttft_s=0.4)], counted, labels, None)
     text = shown({"extproc": one, "round_robin": other})
     assert "0.100 s" in text
     assert "-75%" in text
-    assert "a:1 h100 tp4" in text
-    assert "3 req, 2,500 tok" in text
+    assert "h100 tp4 a:1" in text
+    assert "3 req, 2k tok" in text
     assert "50.0%" in text

@@ -24,6 +24,7 @@ class TokenAware(Stateless):
     prompt_weight: float = 0.1
     """A prompt token against an output token: prefill is about ten times cheaper."""
     decode_weight: float = 1.0
+    """An output token: each takes a step of its own."""
     limit: float = 0.95
     """Load at which a replica takes no more while another is below."""
     tokens_per_s: float = 1000.0

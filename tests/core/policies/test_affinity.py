@@ -24,11 +24,6 @@ from ..support import (
     text,
 )
 
-
-def turn(made_session: str, n: int = 0) -> object:
-    return request(text(1000, n), session=made_session)
-
-
 # --- session_affinity -------------------------------------------------------------------------------------------------
 
 
@@ -88,8 +83,14 @@ def test_a_session_spills_to_its_next_replica_while_its_own_is_above_the_bound()
 def test_a_hot_session_is_bounded() -> None:
     made = router(4, "session_affinity")
     counts = Counter(chosen(made, request(session="s")) for _ in range(100))
+    assert len(counts) == 4
     assert max(counts.values()) <= 32  # 1.25 times the mean
     assert sum(counts.values()) == 100
+
+
+def test_a_nearly_idle_fleet_does_not_scatter_a_session() -> None:
+    made = router(8, "session_affinity")
+    assert len({chosen(made, request(session="s")) for _ in range(4)}) == 1
 
 
 def test_without_a_session_the_head_of_the_prompt_stands_in() -> None:
@@ -146,6 +147,9 @@ def test_a_conversation_follows_its_cache() -> None:
     made = router(4, "prefix_affinity")
     said = text(4000, 1)
     home = chosen(made, request(said))
-    for n in range(5):
+    for n in range(20):
         said += text(1000, n + 10)
-        assert chosen(made, request(said), now=10.0 * n) == home or n > 2
+        verdict = route(made, request(said), now=10.0 * n)
+        assert verdict.endpoints[0] == home
+        assert verdict.decision.reason == "prefix"
+        made.finish(verdict.flight, ok(home), 10.0 * n + 5.0)

@@ -48,7 +48,11 @@ def test_an_unknown_policy_is_refused_with_the_known_ones() -> None:
     ("name", "given_", "message"),
     [
         ("predicted", {"weight": 1}, "policy 'predicted' has no option 'weight'; it has none"),
-        ("token_aware", {"limits": 1}, "has no option 'limits'; it has prompt_weight, decode_weight, limit, tokens_per_s"),
+        (
+            "token_aware",
+            {"limits": 1},
+            "has no option 'limits'; it has prompt_weight, decode_weight, limit, tokens_per_s",
+        ),
         ("token_aware", {"limit": "high"}, "option 'limit' of policy 'token_aware' must be like 0.95, not 'high'"),
         ("token_aware", {"limit": True}, "must be like 0.95, not True"),
         ("weighted", {"by": 3}, "option 'by' of policy 'weighted' must be like 'weight', not 3"),
@@ -88,15 +92,15 @@ def test_terms_are_numbers_or_unknown(name: str) -> None:
 def test_ties_go_by_the_head_of_the_prompt_whatever_the_router_or_the_order() -> None:
     members = members_of(replicas(8))
     ask = Ask(Request(blocks=Blocks((7, 8), (256, 512))), 100, 50.0, {})
-    one = order(ask, members, lambda m: 1.0, Random(1))
-    other = order(ask, members[::-1], lambda m: 1.0, Random(2))
+    one = order(ask, members, lambda _: 1.0, Random(1))
+    other = order(ask, members[::-1], lambda _: 1.0, Random(2))
     assert [m.address for _, m in one] == [m.address for _, m in other]
 
 
 def test_ties_without_a_prompt_go_by_chance() -> None:
     members, rng = members_of(replicas(4)), Random(1)
     ask = Ask(Request(), 1, 0.0, {})
-    firsts = {order(ask, members, lambda m: 1.0, rng)[0][1].address for _ in range(100)}
+    firsts = {order(ask, members, lambda _: 1.0, rng)[0][1].address for _ in range(100)}
     assert len(firsts) == 4
 
 

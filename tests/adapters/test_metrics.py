@@ -1,0 +1,120 @@
+"""What the router does shows in the metrics, with labels that have a bound."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from extproc.adapters.metrics import FleetCollector, RouterMetrics
+from extproc.core.router import PoolSettings, Router
+from extproc.core.types import (
+    Api,
+    End,
+    Outcome,
+    Remove,
+    Replica,
+    Request,
+    Reset,
+    Route,
+    Sample,
+    Sampled,
+    Usage,
+)
+
+FIRST, SECOND = "10.0.0.1:8000", "10.0.0.2:8000"
+ASK = Request(Api.CHAT, "m", prompt_bytes=4000, max_output_tokens=10, stream=True)
+
+
+class Bench:
+    """A router of two replicas with its metrics."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.metrics = RouterMetrics(self.registry)
+        self.router = Router([PoolSettings("p", ("m",), scraped=False)], Random(1), self.metrics)
+        self.registry.register(FleetCollector(self.router, lambda: 5.0))
+        self.router.learn(Reset("p", (Replica(FIRST), Replica(SECOND))), 0.0)
+
+    def route(self, request: Request = ASK) -> Route:
+        verdict = self.router.arrive(request, 1.0)
+        assert isinstance(verdict, Route)
+        return verdict
+
+    def value(self, name: str, **labels: str) -> float | None:
+        return self.registry.get_sample_value(f"extproc_{name}", labels)
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+def test_a_flight_is_counted_from_decision_to_end(bench: Bench) -> None:
+    route = bench.route()
+    chosen = route.endpoints[0]
+    assert bench.value("in_flight") == 1
+    assert bench.value("replica_in_flight", pool="p", replica=chosen) == 1
+    usage = Usage(prompt_tokens=800, completion_tokens=20, cached_tokens=64)
+    bench.router.finish(route.flight, Outcome(End.OK, 200, chosen, 1, 0.2, 0.1, 1.5, 4000, usage), 2.0)
+    assert bench.value("in_flight") == 0
+    assert bench.value("decisions_total", pool="p", policy="predicted", reason="cost", replica=chosen) == 1
+    assert bench.value("outcomes_total", pool="p", replica=chosen, outcome="ok") == 1
+    assert bench.value("prompt_tokens_total", pool="p", replica=chosen) == 800
+    assert bench.value("output_tokens_total", pool="p", replica=chosen) == 20
+    assert bench.value("actual_cached_tokens_total", pool="p") == 64
+    assert bench.value("predicted_cached_tokens_total", pool="p") == 0
+    assert bench.value("ttft_seconds_sum", pool="p") == 0.2
+    assert bench.value("prompt_tokens_predicted_ratio_sum", pool="p") == 1000 / 800
+    assert bench.value("output_tokens_predicted_ratio_sum", pool="p") == 10 / 20
+
+
+def test_a_flight_served_by_an_alternate_counts_for_it(bench: Bench) -> None:
+    route = bench.route()
+    first, alternate = route.endpoints
+    bench.router.finish(route.flight, Outcome(End.OK, 200, alternate, 2, 0.2, 0.1, 1.5), 2.0)
+    assert bench.value("moved_total", pool="p") == 1
+    assert bench.value("outcomes_total", pool="p", replica=alternate, outcome="ok") == 1
+    assert bench.value("outcomes_total", pool="p", replica=first, outcome="ok") is None
+
+
+def test_refusals_are_counted_by_reason(bench: Bench) -> None:
+    bench.router.arrive(Request(Api.CHAT, "other"), 1.0)
+    bench.router.arrive(Request(Api.CHAT, "m", subset=frozenset()), 1.0)
+    assert bench.value("refusals_total", pool="none", reason="unknown_model") == 1
+    assert bench.value("refusals_total", pool="p", reason="subset_empty") == 1
+
+
+def test_an_end_that_nobody_waits_for_is_counted(bench: Bench) -> None:
+    bench.router.finish("nobody", Outcome(End.OK), 1.0)
+    assert bench.value("unknown_flights_total", outcome="ok") == 1
+
+
+def test_series_of_a_replica_that_left_are_dropped_and_stay_dropped(bench: Bench) -> None:
+    route = bench.route()
+    gone = route.endpoints[0]
+    bench.router.learn(Remove("p", gone), 2.0)
+    assert bench.value("decisions_total", pool="p", policy="predicted", reason="cost", replica=gone) is None
+    bench.router.finish(route.flight, Outcome(End.OK, 200, gone, 1, 0.2, 0.1, 1.5), 3.0)
+    assert bench.value("outcomes_total", pool="p", replica=gone, outcome="ok") is None
+    assert bench.value("outcomes_total", pool="p", replica="departed", outcome="ok") == 1
+
+
+def test_unknown_gauges_are_absent_and_not_zero(bench: Bench) -> None:
+    assert bench.value("replica_waiting", pool="p", replica=FIRST) is None
+    assert bench.value("replica_sample_age_seconds", pool="p", replica=FIRST) is None
+    bench.router.learn(Sampled("p", FIRST, Sample(running=3, waiting=2)), 3.0)
+    assert bench.value("replica_waiting", pool="p", replica=FIRST) == 2
+    assert bench.value("replica_sample_age_seconds", pool="p", replica=FIRST) == 2.0
+    assert bench.value("replica_kv_usage_ratio", pool="p", replica=FIRST) is None
+
+
+def test_no_label_comes_from_a_request(bench: Bench) -> None:
+    for i in range(50):
+        request = Request(Api.CHAT, "m", prompt_bytes=10, session=f"session-{i}", tenant=f"tenant-{i}")
+        route = bench.route(request)
+        bench.router.finish(route.flight, Outcome(End.CLIENT_GONE), 2.0)
+    text = "".join(str(sample.labels) for metric in bench.registry.collect() for sample in metric.samples)
+    assert "session-" not in text
+    assert "tenant-" not in text
