@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import sys
@@ -55,6 +56,10 @@ def serve(path: Path) -> None:
         format="%(asctime)s %(levelname)s %(name)s %(message)s",
         stream=sys.stderr,
     )
+    # Modules and generated messages stay for good, and a request leaves no cycles behind: with the default thresholds the
+    # collector looked through all of the prefix index every 700 allocations, for a tenth of the CPU.
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
     try:
         uvloop.run(App(config).run())
     except (StartError, EndpointsError) as e:

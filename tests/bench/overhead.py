@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from extproc.demo.children import Child, Children, answers, beside, cpu_s
+from extproc.demo.children import Child, Children, DemoError, answers, beside, cpu_s
 from extproc.sim.report import total
 from tests.bench.setting import Layout, write_files
 
@@ -273,7 +273,10 @@ def main() -> None:
     options = parser.parse_args()
     quick = Effort(rounds=2, requests=400, latency_s=1.0, log_rounds=1, streams=50, stream_tokens=3)
     console = Console()
-    figures = asyncio.run(measure(quick if options.quick else Effort(), console))
+    try:
+        figures = asyncio.run(measure(quick if options.quick else Effort(), console))
+    except DemoError as e:
+        raise SystemExit(str(e)) from None
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(figures, indent=2) + "\n")
     console.print(table(figures))

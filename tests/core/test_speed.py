@@ -92,6 +92,14 @@ def test_the_covariance_stays_positive(seen: list[tuple[float, float]]) -> None:
         assert line._p00 * line._p11 > line._p01**2
 
 
+@pytest.mark.parametrize("work", [0.001, 0.1, 1.0, 10.0])
+def test_the_covariance_stays_positive_when_the_same_work_comes_for_ever(work: float) -> None:
+    line = Line(base=0.01, factor=1.0)
+    for _ in range(3000):
+        line.learn(work, 0.02 + work)
+        assert line._p00 * line._p11 > line._p01**2
+
+
 def test_times_that_cannot_be_are_not_learned() -> None:
     speed = Speed(prior(H100))
     for work, ttft in ((0.0, 1.0), (1.0, 0.0), (1.0, -1.0), (1.0, math.nan), (math.nan, 1.0)):

@@ -74,6 +74,14 @@ def test_ten_arrivals_in_the_same_instant_spread_over_equal_replicas() -> None:
     assert counts == {address(i): 2 for i in range(5)}
 
 
+def test_costs_closer_than_a_millisecond_are_equal_and_go_by_the_head_of_the_prompt() -> None:
+    made = router(2)
+    member(made, 0).speed._line.base += 0.0005
+    assert {preferred(made, request(text(2000, n), output=50)) for n in range(20)} == {address(0), address(1)}
+    member(made, 0).speed._line.base += 0.001
+    assert {preferred(made, request(text(2000, n), output=50)) for n in range(20)} == {address(1)}
+
+
 def test_ten_of_the_same_prompt_do_not_all_pile_up_on_one() -> None:
     made = router(5)
     counts = Counter(chosen(made, request(text(40_000, 1), output=100)) for _ in range(10))
