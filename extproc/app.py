@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import time
 from collections.abc import Callable, Coroutine
@@ -169,7 +170,10 @@ class App:
         while True:
             # Envoy shall know a member no later than it is picked: until it does, its fallback takes the request elsewhere.
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._members_changed.wait(), TICK_S)
+                async with asyncio.timeout(
+                    TICK_S
+                ):  # wait_for of Python 3.11 may swallow the cancellation that ends this
+                    await self._members_changed.wait()
             self._members_changed.clear()
             self.router.expire(self._clock())
             self._write_endpoints()
@@ -212,7 +216,7 @@ class App:
         try:
             await _site(self._web, self.config.listen.http).start()
         except OSError as e:
-            raise _cannot_listen("http", self.config.listen.http, e.strerror or str(e)) from None
+            raise _cannot_listen("http", self.config.listen.http, os.strerror(e.errno or 0)) from None
 
     async def _start_grpc(self) -> None:
         try:

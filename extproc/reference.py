@@ -108,11 +108,14 @@ def metrics() -> str:
     """docs/metrics.md: every series with its labels and meaning."""
     from random import Random
 
-    from extproc.adapters.metrics import FleetCollector, RouterMetrics
+    from extproc.adapters.metrics import FleetCollector, RouterMetrics, ServerCollector
     from extproc.core.router import PoolSettings, Router
+    from extproc.envoy.access_log import LogCounts
+    from extproc.envoy.server import StreamCounts
 
     registry = CollectorRegistry()
     RouterMetrics(registry)
+    registry.register(ServerCollector(StreamCounts(), LogCounts()))
     counted = sorted(registry.collect(), key=lambda m: m.name)
     router = Router([PoolSettings("default")], Random(0))
     gauges = sorted(FleetCollector(router, lambda: 0.0).collect(), key=lambda m: m.name)
@@ -125,4 +128,5 @@ def metrics() -> str:
 
 
 def _series(metric: Any) -> str:
+    """The name as it stands on the page, with the labels that its samples have."""
     return f"{metric.name}_total" if metric.type == "counter" else str(metric.name)

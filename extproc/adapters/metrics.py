@@ -132,7 +132,7 @@ class RouterMetrics:
 
     def _first_token(self, ended: Ended) -> None:
         flight, outcome = ended.flight, ended.outcome
-        if not flight.stream or outcome.ttft_s is None:
+        if not flight.shows_first_token or outcome.ttft_s is None:
             return
         self._of(self.ttft, flight.pool).observe(outcome.ttft_s)
         if outcome.replica_ttft_s and not ended.moved:

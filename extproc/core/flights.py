@@ -47,12 +47,22 @@ class Flight:
     expires_at: float
     prefill_done_at: float = 0.0
     """Predicted, and moved as the queue moves."""
+    exact_tokens: bool = False
+    """The client sent token ids: their bytes say nothing of how text is tokenized."""
     first_token_at: float | None = None
     response_bytes: int = 0
 
     def __repr__(self) -> str:
         state = "decoding" if self.first_token_at is not None else "prefilling"
         return f"<flight {self.id} {state} on {self.address}, {self.prompt_tokens} prompt tokens>"
+
+    @property
+    def shows_first_token(self) -> bool:
+        """Whether the first byte of the response body comes with the first token.
+
+        A whole response comes at the end, and a Responses stream begins with an event before any token.
+        """
+        return self.stream and self.api in (Api.CHAT, Api.COMPLETIONS)
 
     @property
     def uncached_tokens(self) -> int:

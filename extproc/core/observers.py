@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 from extproc.core.flights import Flight
+from extproc.core.record import record
 from extproc.core.types import Decision, Outcome, Reject
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Ended:
     """A flight that ended, with what was predicted and what came: one record for metrics, logs and learning."""
 

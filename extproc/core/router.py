@@ -290,6 +290,7 @@ class Router:
             prediction=prediction,
             work_s=own_s + queue_s,
             company=company(member, now),
+            exact_tokens=request.prompt_tokens is not None,
             routed_at=now,
             expires_at=now + self._ttl_s,
         )
@@ -316,6 +317,8 @@ class Router:
         member = self._pools[flight.pool].fleet.get(flight.address)
         if member is None or not member.load.has(flight) or flight.first_token_at is not None:
             return
+        if not flight.shows_first_token:
+            return
         if fact.replica_ttft_s is None:
             member.load.still_prefilling(flight, now)
         else:
@@ -323,7 +326,7 @@ class Router:
 
     def _first_token(self, member: Member, flight: Flight, replica_ttft_s: float, now: float) -> None:
         member.load.first_token(flight, min(flight.routed_at + replica_ttft_s, now))
-        if flight.stream and flight.prompt_bytes:
+        if flight.prompt_bytes:
             member.speed.learn_ttft(flight.work_s, replica_ttft_s)
 
     def _end(self, flight: Flight, outcome: Outcome, now: float) -> None:
@@ -345,7 +348,8 @@ class Router:
     def _leave(self, member: Member, flight: Flight, outcome: Outcome, moved: bool, now: float) -> None:
         """Take the flight's load off the replica."""
         # The first byte of an error says nothing of prefill: learning from it would make a failing replica look fast.
-        if flight.first_token_at is None and outcome.replica_ttft_s is not None and not moved and not _failed(outcome):
+        told = flight.shows_first_token and flight.first_token_at is None and not moved and not _failed(outcome)
+        if told and outcome.replica_ttft_s is not None:
             self._first_token(member, flight, outcome.replica_ttft_s, now)
         member.load.close(flight, now)
 
@@ -375,7 +379,12 @@ class Router:
     def _learn_tokens(self, pool: Pool, flight: Flight, outcome: Outcome) -> int | None:
         """Correct the estimates by usage. Returns the output tokens, estimated from the response's size if need be."""
         usage = outcome.usage or Usage()
-        if usage.prompt_tokens is not None and flight.model is not None and flight.prompt_bytes:
+        if (
+            usage.prompt_tokens is not None
+            and flight.model is not None
+            and flight.prompt_bytes
+            and not flight.exact_tokens
+        ):
             pool.prompt_tokens.learn(flight.model, flight.prompt_bytes, usage.prompt_tokens)
         size = outcome.response_bytes
         if usage.completion_tokens is not None:
@@ -395,7 +404,7 @@ class Router:
         usage = outcome.usage
         if usage and usage.cached_tokens is not None and flight.hit_bytes and flight.prompt_bytes:
             member.hit(flight.prompt_tokens * flight.hit_bytes / flight.prompt_bytes, usage.cached_tokens)
-        if not flight.stream or not output_tokens or output_tokens < 8 or flight.samples > 1:
+        if not flight.shows_first_token or not output_tokens or output_tokens < 8 or flight.samples > 1:
             return
         if outcome.duration_s is not None and outcome.ttft_s is not None:
             sequences, kv_tokens = flight.company

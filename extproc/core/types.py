@@ -6,8 +6,10 @@ Time is in seconds on one monotonic scale chosen by the caller, sizes are bytes 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import StrEnum
+
+from extproc.core.record import record
 
 
 class Api(StrEnum):
@@ -20,7 +22,7 @@ class Api(StrEnum):
     OTHER = "other"  # any path we do not read; goes to any healthy replica
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Replica:
     """One inference engine, as discovery describes it."""
 
@@ -32,7 +34,7 @@ class Replica:
     """Share for the `weighted` policy."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Blocks:
     """The canonical prompt cut into blocks: `hashes[i]` covers everything up to byte `ends[i]`."""
 
@@ -43,7 +45,7 @@ class Blocks:
         return len(self.hashes)
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Request:
     """What routing needs to know of a client's request."""
 
@@ -68,7 +70,7 @@ class Request:
     """Only these endpoints (`ip:port` or `ip`) may be chosen; None is no restriction, empty is none allowed."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Sample:
     """What a replica said of itself in one scrape. Counters count since the engine's start."""
 
@@ -95,7 +97,7 @@ class Sample:
         return self.block_size * self.num_blocks if self.block_size and self.num_blocks else None
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Usage:
     """Token counts as the engine reports them."""
 
@@ -117,7 +119,7 @@ class End(StrEnum):
     LOST = "lost"  # no end was ever reported; closed by the sweep
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Outcome:
     """The end of a flight, as the proxy reports it."""
 
@@ -138,7 +140,7 @@ class Outcome:
 # --- facts: `Router.learn(fact, now)` ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Reset:
     """The pool now has exactly these replicas."""
 
@@ -146,7 +148,7 @@ class Reset:
     replicas: tuple[Replica, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Add:
     """The replica joined, or its labels or weight changed."""
 
@@ -154,7 +156,7 @@ class Add:
     replica: Replica
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Remove:
     """The replica left; its open flights end by themselves."""
 
@@ -165,7 +167,7 @@ class Remove:
 Change = Reset | Add | Remove
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Sampled:
     """A scrape came back."""
 
@@ -183,7 +185,7 @@ class ScrapeFailure(StrEnum):
     UNREADABLE = "unreadable"  # answered 200 with a page that has none of the wanted lines
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class NotSampled:
     """A scrape failed."""
 
@@ -192,7 +194,7 @@ class NotSampled:
     why: ScrapeFailure
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Serves:
     """The models (LoRA adapters included) that a replica lists."""
 
@@ -201,7 +203,7 @@ class Serves:
     models: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Progressed:
     """A periodic report on a flight that still runs."""
 
@@ -226,7 +228,7 @@ class Refusal(StrEnum):
     SUBSET_EMPTY = "subset_empty"  # the subset hint leaves no candidate
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Prediction:
     """What is expected of a request on one replica."""
 
@@ -250,7 +252,7 @@ class Prediction:
         return self.queue_s + self.prefill_s + self.decode_s + self.delay_s
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Scored:
     """One candidate in the order in which the policy ranked it."""
 
@@ -261,7 +263,7 @@ class Scored:
     """What the policy looked at."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Decision:
     """The record of one verdict, handed to observers and kept for inspection."""
 
@@ -283,7 +285,7 @@ class Decision:
     candidates: tuple[Scored, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Route:
     """Send it to `endpoints[0]`; on a failed connection or 503 to the next."""
 
@@ -292,7 +294,7 @@ class Route:
     decision: Decision
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Reject:
     """Do not send it anywhere."""
 

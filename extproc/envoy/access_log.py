@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from extproc.core.record import record
 from extproc.core.types import End, Fact, Outcome, Progressed, Usage
 from extproc.envoy.codec import LogEntry
 
@@ -39,7 +40,7 @@ BROKEN = frozenset(
 """The replica had the request, and did not finish the response."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Finished:
     """The last entry of a flight."""
 

@@ -6,12 +6,12 @@ Bytes come in and go out, so that gRPC itself parses nothing and a message that 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from google.protobuf.message import DecodeError
 from google.protobuf.struct_pb2 import Struct, Value
 
+from extproc.core.record import record
 from extproc.envoy.exchange import (
     BodyArrived,
     Command,
@@ -230,7 +230,7 @@ WRITERS: Mapping[type[Command], Callable[[Any], bytes]] = {  # each takes the co
 # --- access log -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class LogEntry:
     """One HTTPAccessLogEntry, without interpretation. Numbers that the proxy did not give are None."""
 

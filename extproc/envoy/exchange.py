@@ -19,9 +19,9 @@ the body twice to the replica when an RPC ends over unanswered pieces. And where
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from enum import Enum
 
+from extproc.core.record import record
 from extproc.openai.errors import HttpError
 
 CHUNK_BYTES = 62_000
@@ -54,7 +54,7 @@ class Part(Enum):
     __hash__ = object.__hash__  # Enum hashes the name in Python code; members are singletons
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Head:
     """What is read of the request's headers."""
 
@@ -68,7 +68,7 @@ class Head:
     """Endpoints that the proxy allows; None is no restriction, empty is none allowed."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Steer:
     """Send the request to the first of these that answers."""
 
@@ -83,14 +83,14 @@ class Steer:
     """Which cluster, where there are several."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Refuse:
     """Answer the client at once."""
 
     error: HttpError
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Pass:
     """Let the request go unrouted: the choice failed, which is no reason for the request to fail."""
 
@@ -103,8 +103,10 @@ PASS = Pass()
 # --- events -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class HeadersArrived:
+    """The request began."""
+
     head: Head
     end_of_stream: bool = False
     mode: Mode = Mode.UNTOLD
@@ -112,18 +114,20 @@ class HeadersArrived:
     """The proxy streams the response through us, and has it only from us."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class BodyArrived:
+    """A piece of its body, or all of it."""
+
     data: bytes
     end_of_stream: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class TrailersArrived:
     """The request's trailers: its body is complete."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ResponseArrived:
     """A part of the response, in which we take no interest."""
 
@@ -134,12 +138,14 @@ class ResponseArrived:
     """This message, the first of its stream, says what `duplex_response` says."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Decided:
+    """The answer to `Decide`."""
+
     answer: Answer
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Delivered:
     """The answer that names the flight goes to the proxy: from now on the access log tells how the flight ends.
 
@@ -148,7 +154,7 @@ class Delivered:
     """
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Ended:
     """The proxy ended the RPC, by EOF or by cancelling it, or it broke."""
 
@@ -162,14 +168,14 @@ ENDED = Ended()
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Continue:
     """Let this part pass unchanged."""
 
     part: Part
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Decide:
     """Choose, and come back with `Decided`. Always the last command of its turn."""
 
@@ -180,7 +186,7 @@ class Decide:
     """Whether the answer may still replace the body."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class SetDestination:
     """Answer this part, with the pick as metadata."""
 
@@ -190,7 +196,7 @@ class SetDestination:
     """Also as a request header, which the endpoint picker protocol wants to be equal."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class EchoBody:
     """Give back a piece of a body, which the proxy no longer has."""
 
@@ -199,21 +205,21 @@ class EchoBody:
     part: Part = Part.BODY
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Respond:
     """Answer the client in place of a replica."""
 
     error: HttpError
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Abandon:
     """The flight was opened, and the proxy will never know of it."""
 
     flight: str
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Close:
     """End the RPC with OK."""
 
@@ -234,7 +240,7 @@ class IllegalEvent(Exception):  # noqa: N818 - it names what came, like the even
         super().__init__(f"{type(event).__name__} while {state}")
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Rules:
     """What is the same for all streams."""
 
@@ -281,8 +287,10 @@ class Exchange:
 
     def __init__(self, rules: Rules) -> None:
         self._rules = rules
-        self._state: Callable[[Event], Commands] = self.starting
-        self._then: Callable[[Steer | None], Commands] = self._end_with_headers
+        # Plain functions and not bound methods: these would refer back to this object, and every stream, its body included,
+        # would stay until the cyclic collector comes.
+        self._state: Callable[[Exchange, Event], Commands] = Exchange.starting
+        self._then: Callable[[Exchange, Steer | None], Commands] = Exchange._end_with_headers
         self._head = Head()
         self._mode = Mode.UNTOLD
         self._duplex_response = False
@@ -298,25 +306,25 @@ class Exchange:
         """What to do now, in this order. Raises IllegalEvent when the event cannot come in this state."""
         if type(event) not in LEGAL[self._state.__name__]:
             raise IllegalEvent(self._state.__name__, event)
-        return self._state(event)
+        return self._state(self, event)
 
     # --- states ---
 
     def starting(self, event: Event) -> Commands:
         """Nothing has come yet."""
         if not isinstance(event, HeadersArrived):
-            self._state = self.passing  # a proxy that sends no headers: Envoy would ignore a pick in later parts
+            self._state = Exchange.passing  # a proxy that sends no headers: Envoy would ignore a pick in later parts
             return self.passing(event)
         self._head, self._mode, self._duplex_response = event.head, event.mode, event.duplex_response
         if event.end_of_stream or event.mode not in WHOLE_BODY or not self._rules.reads(event.head):
             more = event.mode in PIECEMEAL and not event.end_of_stream
-            return self._decide(None, then=self._pass_on if more else self._end_with_headers)
+            return self._decide(None, then=Exchange._pass_on if more else Exchange._end_with_headers)
         if (event.head.content_length or 0) > self._rules.max_body_bytes:
             return self._refuse_size()
         if event.mode in PIECEMEAL:
-            self._state = self.holding
+            self._state = Exchange.holding
             return ()
-        self._state = self.buffering
+        self._state = Exchange.buffering
         return (Continue(Part.HEADERS),)
 
     def buffering(self, event: Event) -> Commands:
@@ -327,9 +335,9 @@ class Exchange:
             # Trailers may follow a complete body, so its end of stream is not always set. A proxy that does not tell its
             # mode may be streaming, though, and half a prompt would be refused as broken JSON: route it unread.
             known = self._mode is Mode.BUFFERED or event.end_of_stream
-            return self._decide(event.data if known else None, then=self._end_with_body, rewritable=known)
+            return self._decide(event.data if known else None, then=Exchange._end_with_body, rewritable=known)
         if isinstance(event, TrailersArrived):
-            return self._decide(b"", then=self._end_with_trailers)
+            return self._decide(b"", then=Exchange._end_with_trailers)
         return self._aside(event)
 
     def holding(self, event: Event) -> Commands:
@@ -346,20 +354,20 @@ class Exchange:
     def deciding(self, event: Event) -> Commands:
         """The decision is out; the stream stands still."""
         if not isinstance(event, Decided):
-            self._state = self.orphaned
+            self._state = Exchange.orphaned
             return ()
         if isinstance(event.answer, Refuse):
-            self._state = self.over
+            self._state = Exchange.over
             return (Respond(event.answer.error), CLOSE)
         if isinstance(event.answer, Pass):
-            return self._then(None)
+            return self._then(self, None)
         self._flight = event.answer.flight
-        return self._then(event.answer)
+        return self._then(self, event.answer)
 
     def orphaned(self, event: Event) -> Commands:
         """The stream is gone, its decision is still on the way."""
         assert isinstance(event, Decided)
-        self._state = self.over
+        self._state = Exchange.over
         return (Abandon(event.answer.flight),) if isinstance(event.answer, Steer) else ()
 
     def passing(self, event: Event) -> Commands:
@@ -392,7 +400,7 @@ class Exchange:
         flight, self._flight = self._flight, None
         if isinstance(event, Delivered):
             return ()
-        self._state = self.over
+        self._state = Exchange.over
         return () if flight is None else (Abandon(flight),)
 
     def _keep(self, data: bytes) -> bool:
@@ -402,25 +410,25 @@ class Exchange:
         return self._size <= self._rules.max_body_bytes
 
     def _refuse_size(self) -> Commands:
-        self._state = self.over
+        self._state = Exchange.over
         self._chunks.clear()
         return (Respond(self._rules.too_large), CLOSE)
 
     def _finish(self) -> Commands:
         """The request is done."""
         self._chunks.clear()
-        self._state = self.responding if self._duplex_response else self.over
+        self._state = Exchange.responding if self._duplex_response else Exchange.over
         return () if self._duplex_response else (CLOSE,)
 
     def _decide(
-        self, body: bytes | None, then: Callable[[Steer | None], Commands], rewritable: bool = False
+        self, body: bytes | None, then: Callable[[Exchange, Steer | None], Commands], rewritable: bool = False
     ) -> Commands:
-        self._state, self._then = self.deciding, then
+        self._state, self._then = Exchange.deciding, then
         return (Decide(self._head, body, rewritable),)
 
     def _decide_on_all(self) -> Commands:
         body = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
-        return self._decide(body, then=self._give_back, rewritable=self._mode is Mode.FULL_DUPLEX)
+        return self._decide(body, then=Exchange._give_back, rewritable=self._mode is Mode.FULL_DUPLEX)
 
     def _give(self, data: bytes, end: bool) -> Commands:
         """Answer one body message."""
@@ -443,7 +451,7 @@ class Exchange:
         return (self._steer(Part.TRAILERS, steer), *self._finish())
 
     def _pass_on(self, steer: Steer | None) -> Commands:
-        self._state = self.passing
+        self._state = Exchange.passing
         return (self._steer(Part.HEADERS, steer),)
 
     def _give_back(self, steer: Steer | None) -> Commands:

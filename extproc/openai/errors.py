@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import orjson
 
+from extproc.core.record import record
 from extproc.core.types import Refusal, Reject
 
 MAX_NAME = 128
@@ -22,7 +22,7 @@ MAX_ALIASES = 20
 UNAVAILABLE = "Service Unavailable"
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class BadRequest:
     """A request that no replica would accept."""
 
@@ -32,7 +32,7 @@ class BadRequest:
     status: int = 400
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class HttpError:
     """A complete response, ready to be sent instead of routing."""
 
@@ -41,7 +41,7 @@ class HttpError:
     headers: tuple[tuple[str, str], ...]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class _Answer:
     """How one refusal looks to the client."""
 

@@ -16,11 +16,13 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import orjson
 from xxhash import xxh3_64_digest
+
+from extproc.core.record import record
 
 MEDIA_BYTES = 4096
 """One image, sound or video, bytes: about a thousand tokens, between LLaVA's 576 for any image and the 1,300 or so that
@@ -43,7 +45,7 @@ _FIELDS = ("reasoning", "reasoning_content", "tool_calls", "function_call", "nam
 """What a chat template may read of a message beside role and content."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Prompt:
     """What one request asks the engine to prefill."""
 

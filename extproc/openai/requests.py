@@ -7,10 +7,10 @@ a body must name its model, for without it neither pool nor adapter is known. Wh
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from extproc.core.prefix.blocks import chain
+from extproc.core.record import record
 from extproc.core.types import Api, Request
 from extproc.openai import body as bodies
 from extproc.openai import fields, prompt
@@ -37,7 +37,7 @@ _USAGE_APIS = (Api.CHAT, Api.COMPLETIONS)
 """Where a stream tells its usage only when asked to; /v1/responses always does."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Parsed:
     """A request that can be routed, and what must be known to change its body."""
 

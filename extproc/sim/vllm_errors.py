@@ -15,23 +15,27 @@ class ApiError(Exception):
         self.status, self.type, self.message, self.param = status, type_, message, param
 
     def body(self) -> bytes:
+        """As sent to the client."""
         error = {"message": self.message, "type": self.type, "param": self.param, "code": self.status}
         return json.dumps({"error": error}, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def invalid_json(error: json.JSONDecodeError) -> ApiError:
+    """The body does not parse."""
     where = f"body.{error.pos}"
     return _validation(where, f"'type': 'json_invalid', 'loc': '{where}', 'msg': 'JSON decode error', "
                               f"'input': '<dict of 0 items>', 'ctx': {{'error': '{error.msg}'}}")  # fmt: skip
 
 
 def missing(field: str, body: Mapping[str, Any]) -> ApiError:
+    """A field that vLLM requires is not there."""
     where = f"body.{field}"
     return _validation(where, f"'type': 'missing', 'loc': '{where}', 'msg': 'Field required', "
                               f"'input': '<dict of {len(body)} items>'")  # fmt: skip
 
 
 def wrong_type(field: str) -> ApiError:
+    """A field has a type that vLLM cannot convert."""
     where = f"body.{field}"
     return _validation(where, f"'type': 'type_error', 'loc': '{where}', 'msg': 'Input has the wrong type'")
 
@@ -41,15 +45,18 @@ def _validation(where: str, detail: str) -> ApiError:
 
 
 def unknown_model(model: str, known: Iterable[str]) -> ApiError:
+    """No model and no adapter has that name."""
     text = f"The model `{model}` does not exist. Valid aliases: {', '.join(known)}."
     return ApiError(404, "NotFoundError", text, "model")
 
 
 def bad_value(text: str, param: str, value: object) -> ApiError:
+    """A value out of its range."""
     return ApiError(400, "BadRequestError", f"{text} (parameter={param}, value={value})", param)
 
 
 def prompt_too_long(max_model_len: int) -> ApiError:
+    """The prompt alone exceeds the context."""
     text = (
         f"This model's maximum context length is {max_model_len} tokens. However, your prompt contains at least "
         f"{max_model_len + 1} input tokens, which exceeds this limit even without any output tokens. "

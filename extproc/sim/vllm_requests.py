@@ -87,6 +87,7 @@ def _check_length(job: Job, max_model_len: int) -> None:
 
 
 def chat(body: Body) -> Job:
+    """/v1/chat/completions."""
     messages = body.get("messages")
     if messages is None:
         raise vllm_errors.missing("messages", body)
@@ -98,11 +99,13 @@ def chat(body: Body) -> Job:
 
 
 def completions(body: Body) -> Job:
+    """/v1/completions."""
     limit = _integer(body, "max_tokens")
     return _job(body, _prompts(body, "prompt"), COMPLETIONS_DEFAULT if limit is None else limit)
 
 
 def responses(body: Body) -> Job:
+    """/v1/responses."""
     given = body.get("input")
     if given is None:
         raise vllm_errors.missing("input", body)
@@ -115,6 +118,7 @@ def responses(body: Body) -> Job:
 
 
 def embeddings(body: Body) -> Job:
+    """/v1/embeddings: no output but one step."""
     return Job(model=str(body.get("model") or ""), prompts=_prompts(body, "input"), max_tokens=1, fixed_length=True)
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -418,6 +419,28 @@ def test_queueing_does_not_make_the_replica_look_slow() -> None:
         for verdict in verdicts:
             made.finish(verdict.flight, ok(address(0), ttft_s=verdict.decision.prediction.ttft_s), now + 50.0)
     assert member(made, 0).speed.prefill_factor == pytest.approx(1.0, rel=0.1)
+
+
+def test_token_ids_do_not_teach_how_text_is_tokenized() -> None:
+    made = router(1)
+    flown = route(made, request(b"x" * 4000, prompt_tokens=1000))
+    made.finish(flown.flight, ok(address(0), usage=usage(prompt=1000)), 1.0)
+    before = made.pools[POOL].prompt_tokens.bytes_per_token(MODEL)
+    flown = route(made, request(b"x" * 4000, prompt_tokens=4000), 2.0)
+    made.finish(flown.flight, ok(address(0), usage=usage(prompt=4000)), 3.0)
+    assert made.pools[POOL].prompt_tokens.bytes_per_token(MODEL) == before
+
+
+@pytest.mark.parametrize("fields", [{"stream": False}, {"api": Api.RESPONSES}])
+def test_where_the_first_byte_is_not_the_first_token_its_absence_says_nothing(fields: dict[str, Any]) -> None:
+    made = router(1)
+    flown = route(made, request(b"x" * 40_000, **fields))
+    done = member(made).load.backlog_s(0.0)
+    made.learn(Progressed(flown.flight, None, None, 0), done + 5.0)
+    assert member(made).load.backlog_s(done + 5.0) == 0.0
+    factor = member(made).speed.prefill_factor
+    made.finish(flown.flight, ok(address(0), ttft_s=30.0, duration_s=30.0), done + 30.0)
+    assert member(made).speed.prefill_factor == factor
 
 
 def test_progress_moves_the_queue() -> None:

@@ -89,6 +89,11 @@ class Served:
         """Send a signal that ends it; returns the exit status."""
         assert self._process is not None
         self._process.send_signal(number)
+        return await self.ended()
+
+    async def ended(self) -> int:
+        """The exit status, once it has one."""
+        assert self._process is not None
         return await asyncio.wait_for(self._process.wait(), READY_WITHIN_S)
 
     def pause(self) -> None:

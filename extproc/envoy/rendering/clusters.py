@@ -103,6 +103,7 @@ def _picked() -> cluster.LoadBalancingPolicy:
 
 
 def least_requests() -> cluster.LoadBalancingPolicy:
+    """Envoy's own choice, where there is no pick: the fewer active requests of two drawn."""
     return _policy("envoy.load_balancing_policies.least_request", least_request.LeastRequest())
 
 

@@ -28,6 +28,7 @@ HOLD_S = 60.0
 
 
 def filters(config: Config) -> list[hcm.HttpFilter]:
+    """All of them, first to last as a request meets them."""
     return [
         http_filter(EXT_PROC, _ext_proc(config)),
         usage.reader(),

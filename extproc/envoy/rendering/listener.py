@@ -26,6 +26,7 @@ HEADERS_WITHIN_S = 10.0
 
 
 def rendered(config: Config, baseline: bool) -> listener.Listener:
+    """Where clients connect; with `baseline` no extproc is in the way."""
     manager = listener.Filter(
         name="envoy.filters.network.http_connection_manager", typed_config=protobuf.Any.pack(_manager(config, baseline))
     )

@@ -50,6 +50,7 @@ LINE = {
 
 
 def loggers(envoy: EnvoyConfig) -> list[accesslog.AccessLog]:
+    """To extproc always, to a file where one is named."""
     return [_to_extproc(envoy), *([_to_file(envoy.access_log)] if envoy.access_log else [])]
 
 

@@ -18,14 +18,17 @@ MESSAGE = Any
 
 
 def seconds(value: float) -> timedelta:
+    """A duration as the messages want it."""
     return timedelta(seconds=value)
 
 
 def extension(name: str, config: MESSAGE) -> core.TypedExtensionConfig:
+    """An extension by Envoy's name for it, with its configuration."""
     return core.TypedExtensionConfig(name=name, typed_config=protobuf.Any.pack(config))
 
 
 def http_filter(name: str, config: MESSAGE) -> hcm.HttpFilter:
+    """A filter by Envoy's name for it, with its configuration."""
     return hcm.HttpFilter(name=name, typed_config=protobuf.Any.pack(config))
 
 
@@ -44,4 +47,5 @@ def to_extproc() -> core.GrpcService:
 
 
 def exactly(words: Iterable[str]) -> matcher.ListStringMatcher:
+    """A matcher for these words and no others."""
     return matcher.ListStringMatcher(patterns=[matcher.StringMatcher(exact=word) for word in words])

@@ -19,6 +19,7 @@ from extproc.envoy.rendering.messages import http_filter
 
 
 def reader() -> hcm.HttpFilter:
+    """The filter that runs the script."""
     return http_filter("envoy.filters.http.lua", lua.Lua(default_source_code=core.DataSource(inline_string=script())))
 
 

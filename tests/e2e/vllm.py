@@ -1,0 +1,132 @@
+"""Real vLLM replicas on CPU, as children of the test.
+
+The caller names them by environment: VLLM is a virtual environment with vLLM 0.32, MODEL a folder with a small model; its weights are not read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import aiohttp
+
+from tests.support.ports import free_port
+
+MODEL = "tiny"
+BLOCK_SIZE, NUM_BLOCKS = 32, 200
+START_WITHIN_S = 300.0
+"""35 s on two idle cores for one, about twice that for two at once."""
+STOP_WITHIN_S = 20.0
+
+ENVIRONMENT = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+OPTIONS = (
+    *("--served-model-name", MODEL, "--host", "127.0.0.1"),
+    *("--load-format", "dummy", "--dtype", "bfloat16", "--max-model-len", "4096", "--enforce-eager"),
+    *("--block-size", str(BLOCK_SIZE), "--num-gpu-blocks-override", str(NUM_BLOCKS), "--max-num-seqs", "8"),
+    *("--enable-prefix-caching", "--enable-prompt-tokens-details"),
+)
+
+
+def paths() -> tuple[Path, Path]:
+    """The `vllm` command and the model. Raises RuntimeError where the caller names none: asked for, these tests must not pass unseen."""
+    try:
+        command, model = Path(os.environ["VLLM"]) / "bin" / "vllm", Path(os.environ["MODEL"])
+    except KeyError as e:
+        raise RuntimeError(f"set {e.args[0]}: make test-vllm VLLM=/path/to/venv MODEL=/path/to/tiny-llama") from None
+    for path in (command, model / "config.json"):
+        if not path.exists():
+            raise RuntimeError(f"{path} does not exist; VLLM is a virtual environment, MODEL a model folder")
+    return command, model
+
+
+class Vllm:
+    """One replica, in a process group of its own: the server, and its engine as a child of that."""
+
+    def __init__(self, directory: Path) -> None:
+        self.port = free_port()
+        self._log = directory / f"vllm-{self.port}.log"
+        self._process: asyncio.subprocess.Process | None = None
+
+    def __repr__(self) -> str:
+        return f"<vllm {self.address}>"
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.address}"
+
+    async def __aenter__(self) -> Self:
+        command, model = paths()
+        with self._log.open("wb") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                *(command, "serve", model, "--port", str(self.port), *OPTIONS),
+                env={**os.environ, **ENVIRONMENT},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        assert self._process is not None
+        if self._process.returncode is None:
+            self._process.terminate()
+            try:
+                await asyncio.wait_for(self._process.wait(), STOP_WITHIN_S)
+            except TimeoutError:
+                os.killpg(self._process.pid, signal.SIGKILL)
+                await self._process.wait()
+
+    async def ready(self) -> None:
+        """Wait until it answers. Raises AssertionError with the end of its log."""
+        assert self._process is not None
+        async with asyncio.timeout(START_WITHIN_S), aiohttp.ClientSession() as http:
+            while not await self._healthy(http):
+                assert self._process.returncode is None, self._log.read_text(errors="replace")[-3000:]
+                await asyncio.sleep(0.5)
+
+    async def _healthy(self, http: aiohttp.ClientSession) -> bool:
+        try:
+            async with http.get(f"{self.url}/health") as response:
+                return response.status == 200
+        except aiohttp.ClientError:
+            return False
+
+    def signal_engine(self, number: signal.Signals) -> None:
+        """To the engine alone: the server in front of it goes on and answers probes."""
+        [engine] = [pid for pid in self._group() if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        os.kill(engine, number)
+
+    async def terminate(self) -> None:
+        """As Kubernetes does it; returns when the server is gone."""
+        assert self._process is not None
+        self._process.terminate()
+        await asyncio.wait_for(self._process.wait(), STOP_WITHIN_S)
+
+    def _group(self) -> list[int]:
+        assert self._process is not None
+        return [pid for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))) if self._is_ours(pid)]
+
+    def _is_ours(self, pid: int) -> bool:
+        assert self._process is not None
+        try:
+            return os.getpgid(pid) == self._process.pid
+        except ProcessLookupError:
+            return False
