@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "app": ("adapters", "envoy", "openai", "core", "config"),
     "demo": ("demo", "sim", "envoy", "config"),
     "explain": (),
-    "reference": ("adapters", "core", "config"),
+    "reference": ("adapters", "envoy", "core", "config"),
     "cli": ("app", "demo", "explain", "envoy", "adapters", "sim", "config", "__version__"),
 }
 """Part of the package -> what of ours it may import. What is not listed here does not exist."""

@@ -115,10 +115,20 @@ class Vllm:
         os.kill(engine, number)
 
     async def terminate(self) -> None:
-        """As Kubernetes does it; returns when the server is gone."""
+        """As Kubernetes does it; returns when nothing listens there any more. The process may take longer to end."""
         assert self._process is not None
         self._process.terminate()
-        await asyncio.wait_for(self._process.wait(), STOP_WITHIN_S)
+        async with asyncio.timeout(STOP_WITHIN_S):
+            while await self._listens():
+                await asyncio.sleep(0.1)
+
+    async def _listens(self) -> bool:
+        try:
+            _, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        except OSError:
+            return False
+        writer.close()
+        return True
 
     def _group(self) -> list[int]:
         assert self._process is not None
