@@ -18,7 +18,7 @@ class Record:
     ended: Ended | None = None
 
     def view(self) -> dict[str, Any]:
-        """As JSON; see docs/inspection.md."""
+        """As JSON; see docs/operations.md."""
         return {**decision_view(self.decision), "outcome": _outcome_view(self.ended) if self.ended else None}
 
 
