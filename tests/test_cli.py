@@ -113,17 +113,20 @@ async def explained(*arguments: str, given: str) -> tuple[int, str]:
 
 
 async def test_explain_shows_each_replica_and_the_terms_of_its_cost(tmp_path: Path) -> None:
-    async with replica() as a, replica() as b:
-        async with Served(configured(tmp_path, {"replicas": [a.address, b.address]})) as served:
-            code, text = await explained("--url", served.url, given=json.dumps(chat("Hello " * 100)))
-            assert code == 0, text
-            for shown in (a.address, b.address, "queue_s", "prefill_s", "decode_s", "delay_s", "cached_tokens"):
-                assert shown in text
-            code, text = await explained("--json", "--url", f"{served.url}/", given=json.dumps(chat()))
-            assert (code, len(json.loads(text)["candidates"])) == (0, 2)
-            code, text = await explained("--url", served.url, given="{")
-            assert (code, text.startswith("Error: 400: ")) == (1, True)
-            assert await untouched(served, a, b)
+    async with (
+        replica() as a,
+        replica() as b,
+        Served(configured(tmp_path, {"replicas": [a.address, b.address]})) as served,
+    ):
+        code, text = await explained("--url", served.url, given=json.dumps(chat("Hello " * 100)))
+        assert code == 0, text
+        for shown in (a.address, b.address, "queue_s", "prefill_s", "decode_s", "delay_s", "cached_tokens"):
+            assert shown in text
+        code, text = await explained("--json", "--url", f"{served.url}/", given=json.dumps(chat()))
+        assert (code, len(json.loads(text)["candidates"])) == (0, 2)
+        code, text = await explained("--url", served.url, given="{")
+        assert (code, text.startswith("Error: 400: ")) == (1, True)
+        assert await untouched(served, a, b)
 
 
 async def untouched(served: Served, *replicas: Replica) -> bool:

@@ -25,6 +25,8 @@ def load(body: bytes) -> dict[str, Any]:
         data = orjson.loads(body)
     except orjson.JSONDecodeError:
         data = _load_slowly(body)
+    if data is None:
+        raise missing(None, "body")
     if not isinstance(data, dict):
         text = "Input should be a valid dictionary or object to extract fields from"
         raise invalid("model_attributes_type", "body", text, data)

@@ -44,8 +44,8 @@ def missing(data: Any, loc: str) -> Invalid:
 
 
 def _shown(value: Any) -> Any:
-    """Numbers, booleans and null as they are, everything else by kind and size."""
-    return f"<{type(value).__name__} of {len(value)} items>" if isinstance(value, str | list | dict) else value
+    """Numbers, booleans and null as text, like vLLM; everything else by kind and size."""
+    return f"<{type(value).__name__} of {len(value)} items>" if isinstance(value, str | list | dict) else str(value)
 
 
 def integer(data: dict[str, Any], key: str) -> int | None:

@@ -130,7 +130,7 @@ def _salt(api: Api, data: dict[str, Any]) -> str | None:
     if api is Api.EMBEDDINGS:
         return None  # not checked there
     text = "Parameter 'cache_salt' must be a non-empty string if provided."
-    raise Invalid(BadRequest(f"{text} (parameter=cache_salt)", "Bad Request", "cache_salt"))
+    raise Invalid(BadRequest(f"{text} (parameter=cache_salt)", param="cache_salt"))
 
 
 def _session(data: dict[str, Any]) -> str | None:
@@ -148,7 +148,7 @@ def _samples(api: Api, data: dict[str, Any]) -> int:
     if n is None:
         n = 1
     if n < 1:
-        raise fields.out_of_range("n", "n must be at least 1", n)
+        raise Invalid(BadRequest(f"n must be at least 1, got {n}."))
     best_of = data.get("best_of") if api is Api.COMPLETIONS else None
     return max(n, best_of) if isinstance(best_of, int) else n
 
@@ -204,7 +204,7 @@ def _completions(data: dict[str, Any]) -> Prompt:
         return prompt.of_embeds(embeds)
     if data.get("prompt") in (None, ""):
         text = "Either prompt or prompt_embeds must be provided and non-empty."
-        raise Invalid(BadRequest(f"{text} (parameter=prompt)", "Bad Request", "prompt"))
+        raise Invalid(BadRequest(f"{text} (parameter=prompt)", param="prompt"))
     return prompt.of_input(_input(data, "prompt"))
 
 

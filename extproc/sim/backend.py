@@ -11,7 +11,7 @@ import itertools
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from typing import Final, Self, TypeAlias
 
 from aiohttp import web
@@ -168,7 +168,8 @@ class Backend:
 
     async def _stream(self, request: web.Request, job: Job, answers: list[Answer], reply: Reply) -> web.StreamResponse:
         response = web.StreamResponse(headers=_SSE)
-        with _Run(self, job, answers, every=True) as run:
+        # A client that leaves between two tokens is seen by the write, before the handler is cancelled.
+        with suppress(ConnectionResetError), _Run(self, job, answers, every=True) as run:
             await response.prepare(request)  # headers go out before the first token, as vLLM's do
             if opening := reply.opening():
                 await response.write(opening)

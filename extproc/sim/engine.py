@@ -9,7 +9,8 @@ Pure, and without any notion of the present: `start_step` says how long the step
     and a first chunk, while budget, slots and blocks last.
 
 A step costs the same however many sequences decode: they advance together, so a sequence that starts to decode is filed
-at once under the step that ends it and under the steps that need a new block for it.
+at once under the step that ends it and under the steps that need a new block for it. For the same reason steps in which
+nothing starts or ends need not be taken one by one: `quiet_steps` counts them, `skip` lets them pass.
 """
 
 from __future__ import annotations
@@ -124,10 +125,24 @@ class Step:
     """Prefill: (new tokens, context before them)."""
     prefills: list[_Sequence]
     """Whose they are."""
+    growth_s: float = 0.0
+    """How much longer the next step takes than this one, if the same sequences decode in it: their contexts have grown."""
 
     @property
     def new_tokens(self) -> int:
         return self.decodes + sum(q for q, _ in self.chunks)
+
+    def lasting_s(self, steps: int) -> float:
+        """Duration of so many steps, this one the first, all with the same sequences."""
+        return steps * self.duration_s + 0.5 * self.growth_s * steps * (steps - 1)
+
+    def whole_steps(self, elapsed_s: float) -> int:
+        """How many steps like these are over `elapsed_s` after the start of this one."""
+        steps = int(elapsed_s / self.duration_s)  # too many at first: the later ones take longer
+        while steps and self.lasting_s(steps) > elapsed_s:
+            excess_s = self.lasting_s(steps) - elapsed_s
+            steps -= max(1, int(excess_s / (self.duration_s + self.growth_s * steps)))
+        return steps
 
 
 @dataclass(slots=True)
@@ -288,6 +303,49 @@ class Engine:
         seq.state = _State.GONE
         del self._sequences[seq.request.id]
 
+    def emitted(self, request_id: RequestId) -> int:
+        """Output tokens of a request so far; 0 when it is not there (any more)."""
+        seq = self._sequences.get(request_id)
+        if seq is None:
+            return 0
+        if seq.state is _State.DECODE:
+            return self.counters.steps + seq.offset - seq.request.prompt_tokens + 1
+        return seq.emitted
+
+    # --- many steps at once -------------------------------------------------------------------------------------------
+
+    def quiet_steps(self, step: Step) -> int:
+        """How many steps, from the one just started on, bring neither a first nor a last token nor an admission.
+
+        True until the next `add` or `abort`. 0 also where a shortage of blocks might preempt a sequence.
+        """
+        decoding = self._decoding
+        if step.chunks or self._partial or self._may_admit():
+            return 0
+        quiet = min(decoding.ending) - self.counters.steps - 1
+        blocks = step.decodes * (quiet // self.config.block_size + 1)
+        return quiet if blocks <= self.pool.free else 0
+
+    def _may_admit(self) -> bool:
+        if not self._waiting or len(self._running) >= self.config.max_num_seqs:
+            return False
+        head = next(iter(self._waiting))
+        return not (self._stuck and self._stuck[0] == head and self.pool.free <= self._stuck[1])
+
+    def skip(self, step: Step, steps: int) -> None:
+        """So many of the quiet steps are over: `step` becomes the one after them, just started."""
+        decoding, counters, size = self._decoding, self.counters, self.config.block_size
+        first = counters.steps + 1
+        for count in range(first, first + steps):
+            if decoding.growing[count % size]:
+                counters.steps = count
+                self._grow()
+        counters.steps = first + steps - 1
+        tokens = steps * step.decodes
+        decoding.kv_tokens += tokens
+        counters.generated_tokens += tokens
+        step.duration_s += steps * step.growth_s
+
     # --- decide -------------------------------------------------------------------------------------------------------
 
     def start_step(self) -> Step | None:
@@ -305,6 +363,7 @@ class Engine:
         kv_tokens = self._decoding.kv_tokens + step.decodes
         gpu_s = self.config.step_time.step_s(step.new_tokens, step.chunks, kv_tokens, sequences)
         step.duration_s = self.config.cpu_overhead_s + gpu_s
+        step.growth_s = self.config.step_time.k * step.decodes
         return step
 
     def _grow(self) -> bool:

@@ -48,7 +48,7 @@ def replica(**spec: Any) -> Replica:
 
 def configured(directory: Path, *pools: Json, **sections: Json) -> Config:
     """A configuration on free ports, with its files in `directory`; `sections` add to those of the file."""
-    own = {
+    own: dict[str, Json] = {
         "listen": {"grpc": f"127.0.0.1:{free_port()}", "http": f"127.0.0.1:{free_port()}"},
         "envoy": {
             "listen": f"127.0.0.1:{free_port()}",
@@ -121,7 +121,7 @@ class Stack:
         await until(lambda: record.ended is not None)
         return record
 
-    async def metric(self, name: str, **labels: str) -> float:
+    def metric(self, name: str, **labels: str) -> float:
         """One sample of /metrics; 0 where there is no such line."""
         value = self.app.registry.get_sample_value(name, labels)
         return 0.0 if value is None else value
@@ -197,4 +197,3 @@ async def gathered(count: int, one: Callable[[int], Awaitable[Any]], at_once: in
             return await one(i)
 
     return list(await asyncio.gather(*map(held, range(count))))
-

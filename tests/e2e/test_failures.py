@@ -32,7 +32,7 @@ async def test_a_dead_first_choice_is_served_by_the_alternate_and_avoided(tmp_pa
             assert record.ended is not None
             assert (record.ended.moved, record.ended.outcome.attempts) == (True, 2)
             assert (record.ended.outcome.end, record.ended.outcome.served) == (End.OK, alive.address)
-            assert await running.metric("extproc_moved_total", pool="default") == 1
+            assert running.metric("extproc_moved_total", pool="default") == 1
             member = running.app.router.pools["default"].fleet.get(dead.address)
             assert member is not None
             assert member.readiness(time.monotonic()) is Readiness.SUSPECT
@@ -66,22 +66,40 @@ def unhealthy(path: Path, port: int) -> bool:
 
 
 async def test_when_every_replica_is_down_the_client_gets_503_and_nothing_stays_open(tmp_path: Path) -> None:
-    async with replica() as a, replica() as b:
-        async with stack(tmp_path, {"replicas": [a.address, b.address]}) as running:
-            await a.stop()
-            await b.stop()
-            for _ in range(3):
-                async with running.post() as response:
-                    assert response.status == 503
-            record = await running.ended()
-            assert record.ended is not None
-            assert record.ended.outcome.end is End.UNREACHABLE
+    async with replica() as a, replica() as b, stack(tmp_path, {"replicas": [a.address, b.address]}) as running:
+        await a.stop()
+        await b.stop()
+        for _ in range(3):
+            async with running.post() as response:
+                assert response.status == 503
+        record = await running.ended()
+        assert record.ended is not None
+        assert record.ended.outcome.end is End.UNREACHABLE
+
+
+async def test_a_hung_engine_is_avoided_though_its_page_says_that_it_is_idle(tmp_path: Path) -> None:
+    """Only the silence of the streams that are there tells; each that follows has another choice."""
+    async with replica() as a, replica() as b, stack(tmp_path, {"replicas": [a.address, b.address]}) as running:
+        a.hang = True
+        sent = []
+        for i in range(20):
+            sent.append(asyncio.create_task(running.served(chat(f"{i} " * 50, stream=True))))
+            await asyncio.wait(sent[-1:], timeout=0.5)  # several progress intervals, for one that hangs
+        assert 0 < sum(not task.done() for task in sent) <= 4
+        assert a.in_flight == sum(not task.done() for task in sent)
+        a.hang = False
+        served = await asyncio.gather(*sent)
+        assert served.count(b.address) >= 16
 
 
 async def test_a_full_replica_hands_on_to_the_next(tmp_path: Path) -> None:
     """503 at once is how an engine says that its queue is full: the request is tried elsewhere, not failed."""
     async with replica(max_in_flight=1, time_scale=4) as a, replica() as b:
-        pool = {"policy": "session_affinity", "policy_options": {"load_factor": 100.0}, "replicas": [a.address, b.address]}
+        pool = {
+            "policy": "session_affinity",
+            "policy_options": {"load_factor": 100.0},
+            "replicas": [a.address, b.address],
+        }
         async with stack(tmp_path, pool) as running:
             session = await session_of(a.address, running.served)
             headers = {"x-session-id": session}
@@ -89,7 +107,7 @@ async def test_a_full_replica_hands_on_to_the_next(tmp_path: Path) -> None:
             assert sorted(set(served)) == sorted([a.address, b.address])
             assert served.count(a.address) < 6
             await running.settled()
-            assert await running.metric("extproc_moved_total", pool="default") == served.count(b.address)
+            assert running.metric("extproc_moved_total", pool="default") == served.count(b.address)
 
 
 async def session_of(address: str, served: object) -> str:

@@ -79,4 +79,3 @@ async def test_disabled_paths_do_not_touch_extproc(tmp_path: Path) -> None:
             async with running.client.get(f"{running.url}/other") as response:
                 assert await response.text() == a.address
             assert running.app.registry.get_sample_value("extproc_streams_total", {"kind": "opened"}) == 2
-

@@ -50,7 +50,9 @@ def members(running: Stack, policy: str) -> set[str]:
 @pytest.mark.parametrize("policy", POLICIES)
 async def test_each_policy_serves_its_own_pool(running: Stack, policy: str) -> None:
     async def one(i: int) -> str:
-        return await running.served({**chat(f"prompt {i} " * 50), "model": f"m-{policy}"}, headers={"x-session-id": "s"})
+        return await running.served(
+            {**chat(f"prompt {i} " * 50), "model": f"m-{policy}"}, headers={"x-session-id": "s"}
+        )
 
     before = running.app.recorder.last(1)
     served = await asyncio.gather(*(one(i) for i in range(8)))

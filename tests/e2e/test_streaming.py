@@ -83,7 +83,9 @@ async def test_a_chunk_reaches_the_client_before_the_next_is_made(scene: Scene) 
         await response.prepare(request)
         for n in range(5):
             await response.write(event({"n": n}))
-            await received.wait()  # the test sets it with the chunk in hand: a chunk held back would block both for ever
+            await (
+                received.wait()
+            )  # the test sets it with the chunk in hand: a chunk held back would block both for ever
             received.clear()
         return response
 
@@ -110,7 +112,9 @@ async def test_a_chunk_reaches_the_client_before_the_next_is_made(scene: Scene) 
 )
 async def test_the_client_sees_what_the_replica_alone_would_have_sent(scene: Scene, body: Json) -> None:
     headers = {"x-request-id": "r"}
-    await scene.running.served(body)  # else the first of the two below prefills, and the other says that it hit the cache
+    await scene.running.served(
+        body
+    )  # else the first of the two below prefills, and the other says that it hit the cache
     async with scene.running.client.post(
         f"http://{scene.simulated.address}{CHAT}", json=body, headers=headers
     ) as response:
@@ -149,7 +153,9 @@ async def test_the_record_of_a_stream_has_its_times_and_its_tokens(scene: Scene)
     assert 0 < outcome.replica_ttft_s <= outcome.ttft_s < outcome.duration_s
     assert record.ended.output_tokens == 20
     assert outcome.response_bytes is not None
-    assert outcome.response_bytes >= len(whole)  # the usage chunk, which we asked for, is counted where it came in or not
+    assert outcome.response_bytes >= len(
+        whole
+    )  # the usage chunk, which we asked for, is counted where it came in or not
 
 
 async def test_usage_corrects_the_bytes_per_token(scene: Scene) -> None:
@@ -215,7 +221,7 @@ async def test_a_client_that_leaves_ends_its_flight(scene: Scene) -> None:
     record = await scene.running.ended()
     assert record.ended is not None
     assert record.ended.outcome.end is End.CLIENT_GONE
-    assert await scene.running.metric(
+    assert scene.running.metric(
         "extproc_outcomes_total", pool="scripted", replica=scene.scripted.backend.address, outcome="client_gone"
     )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import re
 import signal
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -105,7 +104,7 @@ def chat(content: str, **more: Any) -> Json:
     return {"model": MODEL, "messages": messages, "max_tokens": 4, "temperature": 0, **more}
 
 
-WORDS = "return import value self index class error count string number while break print range list".split()
+WORDS = ("return", "import", "value", "self", "index", "class", "error", "count", "string", "number", "while", "break")
 
 
 def words(count: int, seed: str) -> str:
@@ -124,10 +123,11 @@ async def cached_share(s: Scene, seed: str) -> float:
         status, body, _ = await s.post(chat(prompts[i]))
         assert status == 200, body
         usage = json.loads(body)["usage"]
-        return usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"]
+        return usage["prompt_tokens_details"]["cached_tokens"], usage["prompt_tokens"]
 
     counts = await gathered(len(prompts), one, at_once=2)
-    return sum(cached for _, cached in counts) / sum(prompt for prompt, _ in counts)
+    cached, prompt = (float(sum(column)) for column in zip(*counts, strict=True))
+    return cached / prompt
 
 
 async def test_shared_prefixes_are_found_where_they_lie(
@@ -159,7 +159,7 @@ async def test_a_running_request_shows_in_the_sample(running: Scene) -> None:
     sent = asyncio.create_task(running.post(chat("Tell me all.", max_tokens=1500, ignore_eos=True)))
 
     async def seen() -> bool:
-        return sum(r["sample"]["running"] for r in await running.debug("replicas")) == 1
+        return bool(sum(r["sample"]["running"] for r in await running.debug("replicas")) == 1)
 
     await until(seen, timeout_s=10)
     assert sum(r["in_flight"] for r in await running.debug("replicas")) == 1
@@ -187,6 +187,12 @@ REFUSED = {
     "an array": (CHAT, b"[]"),
     "nothing in it": (CHAT, b"{}"),
     "no messages": (CHAT, b'{"model":"tiny"}'),
+    "nothing at all": (CHAT, b"null"),
+    "empty salt": (CHAT, json.dumps(chat("x", cache_salt="")).encode()),
+    "no samples": (CHAT, json.dumps(chat("x", n=0)).encode()),
+    "half a token": (CHAT, json.dumps(chat("x", max_tokens=1.5)).encode()),
+    "a number for a model": (CHAT, json.dumps({**chat("x"), "model": 5}).encode()),
+    "no prompt": ("/v1/completions", b'{"model": "tiny"}'),
     "negative limit": (CHAT, json.dumps(chat("x", max_tokens=-3)).encode()),
     "no limit left": ("/v1/completions", b'{"model": "tiny", "prompt": "x", "max_tokens": 0}'),
 }

@@ -15,6 +15,7 @@ from typing import Self
 import aiohttp
 
 from tests.support.ports import free_port
+from tests.support.waiting import until
 
 MODEL = "tiny"
 BLOCK_SIZE, NUM_BLOCKS = 32, 200
@@ -96,13 +97,12 @@ class Vllm:
 
     async def ready(self) -> None:
         """Wait until it answers. Raises AssertionError with the end of its log."""
-        assert self._process is not None
-        async with asyncio.timeout(START_WITHIN_S), aiohttp.ClientSession() as http:
-            while not await self._healthy(http):
-                assert self._process.returncode is None, self._log.read_text(errors="replace")[-3000:]
-                await asyncio.sleep(0.5)
+        async with aiohttp.ClientSession() as http:
+            await until(lambda: self._healthy(http), timeout_s=START_WITHIN_S, every_s=0.5)
 
     async def _healthy(self, http: aiohttp.ClientSession) -> bool:
+        assert self._process is not None
+        assert self._process.returncode is None, self._log.read_text(errors="replace")[-3000:]
         try:
             async with http.get(f"{self.url}/health") as response:
                 return response.status == 200
@@ -118,21 +118,21 @@ class Vllm:
         """As Kubernetes does it; returns when nothing listens there any more. The process may take longer to end."""
         assert self._process is not None
         self._process.terminate()
-        async with asyncio.timeout(STOP_WITHIN_S):
-            while await self._listens():
-                await asyncio.sleep(0.1)
+        await until(self._refuses, timeout_s=STOP_WITHIN_S)
 
-    async def _listens(self) -> bool:
+    async def _refuses(self) -> bool:
         try:
             _, writer = await asyncio.open_connection("127.0.0.1", self.port)
         except OSError:
-            return False
+            return True
         writer.close()
-        return True
+        return False
 
     def _group(self) -> list[int]:
         assert self._process is not None
-        return [pid for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))) if self._is_ours(pid)]
+        return [
+            pid for pid in (int(p.name) for p in Path("/proc").iterdir() if p.name.isdecimal()) if self._is_ours(pid)
+        ]
 
     def _is_ours(self, pid: int) -> bool:
         assert self._process is not None

@@ -1,8 +1,8 @@
 """`extproc serve` as a process of its own, for tests that kill and restart it.
 
-    async with Served(config) as served:
-        served.kill()
-        await served.start()
+async with Served(config) as served:
+    served.kill()
+    await served.start()
 """
 
 from __future__ import annotations

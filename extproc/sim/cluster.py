@@ -1,0 +1,347 @@
+"""A cluster in virtual time: clients, the proxy, routers and replicas, from a trace. No clock, no I/O, no asyncio.
+
+The routers are `core.router.Router` itself, wired as in the service (`sim/sidecar.py`); the replicas are `sim/engine.py`. This
+file is what stands between them:
+ * a client sends its next turn `delay_s` after the answer to the one before, whether that was good or not;
+ * the proxy connects to the first of the router's list, and on a refused connection to the next; what breaks off after
+   that has begun is lost, for the headers of a stream are out long before its first token;
+ * the proxy tells the router how a request goes and how it ended, and counts it as timed out when no byte came for long.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from extproc.config import EnvoyConfig
+from extproc.core.types import Api, Blocks, Decision, End, Outcome, Progressed, Reject, Request, Usage
+from extproc.sim.engine import EngineRequest, Token
+from extproc.sim.incidents import Incident, Kind, newcomers
+from extproc.sim.node import Node, NodeSpec
+from extproc.sim.sidecar import MODEL, Sidecar, Wiring
+from extproc.sim.timeline import Timeline
+from extproc.sim.traces import Trace, Turn
+
+BYTES_PER_TOKEN: Final = 4
+RESPONSE_BYTES_PER_TOKEN: Final = 180
+"""A streamed chunk of one token, frame included, as vLLM 0.32 sends it."""
+IDLE_TIMEOUT_S: Final = EnvoyConfig().stream_idle_timeout_s
+LOAD_INTERVAL_S: Final = 1.0
+"""How often the load of the replicas is noted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """Everything that a run depends on but the policy."""
+
+    trace: Trace
+    fleet: tuple[NodeSpec, ...]
+    routers: int = 1
+    """Requests are dealt to them in turn; they do not talk."""
+    wiring: Wiring = Wiring()
+    incidents: tuple[Incident, ...] = ()
+    oracle_lengths: bool = False
+    """Each request's `max_tokens` is its true output length."""
+    seed: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """One request as its client saw it; times are seconds."""
+
+    turn: int
+    """Its place in the trace."""
+    arrived_s: float
+    router: int
+    replica: str | None
+    """Who answered, or broke off; None when nobody was chosen."""
+    attempts: int
+    end: End
+    status: int
+    reason: str
+    """The policy's word for its choice."""
+    queue_s: float | None
+    """Until its prefill began; None when it never did."""
+    ttft_s: float | None
+    e2e_s: float
+    prompt_tokens: int
+    output_tokens: int
+    """That came."""
+    cached_tokens: int | None
+    """Of the prompt, found in the replica's cache; None when it never answered."""
+    predicted_cached_tokens: int | None
+    predicted_ttft_s: float | None
+
+
+@dataclass(slots=True)
+class _Call:
+    """A request under way."""
+
+    number: int
+    turn: Turn
+    arrived_s: float
+    router: int
+    decision: Decision | None = None
+    attempts: int = 0
+    node: Node | None = None
+    scheduled_s: float | None = None
+    first_token_s: float | None = None
+    cached_tokens: int | None = None
+    ended: bool = False
+
+
+@dataclass(slots=True)
+class Result:
+    """What a run came to."""
+
+    served: list[Served]
+    nodes: tuple[Node, ...]
+    sidecars: tuple[Sidecar, ...]
+    lasted_s: float
+    """Virtual time from the start to the last end."""
+    mistakes: dict[str, int] = field(default_factory=dict)
+
+
+class Cluster:
+    """One run of a scenario with one policy. Call `run` once."""
+
+    def __init__(
+        self, scenario: Scenario, policy: str, options: Mapping[str, float | int | str | bool] | None = None
+    ) -> None:
+        self._scenario = scenario
+        self._trace = trace = scenario.trace
+        self._timeline = timeline = Timeline()
+        self._nodes = {spec.replica.address: Node(spec, timeline, self) for spec in scenario.fleet}
+        self._places = tuple(self._nodes.values())
+        absent = newcomers(scenario.incidents)
+        members = tuple(n.spec.replica for place, n in enumerate(self._places, 1) if place not in absent)
+        for place in absent:
+            self._places[place - 1].up = False
+        self._sidecars = tuple(
+            Sidecar(i, self._nodes, members, policy, options or {}, scenario.wiring, timeline, scenario.seed)
+            for i in range(scenario.routers)
+        )
+        sizes = {spec.engine.block_size for spec in scenario.fleet}
+        if len(sizes) != 1 or trace.block_size % min(sizes):
+            raise ValueError(f"block sizes {sorted(sizes)} of replicas; all need one that divides {trace.block_size}")
+        self._ratio = trace.block_size // sizes.pop()
+        self._ends = _ends(trace)
+        self._calls: dict[int, _Call] = {}
+        self._served: list[Served] = []
+        self._next_of: dict[int, list[int]] = defaultdict(list)
+        self._arrived = 0
+        self._plan()
+
+    def __repr__(self) -> str:
+        done = f"{len(self._served)}/{len(self._trace.turns)} served"
+        return f"<cluster at {self._timeline.now:.1f} s, {len(self._calls)} under way, {done}>"
+
+    def _plan(self) -> None:
+        starts = []
+        for number, turn in enumerate(self._trace.turns):
+            if turn.after is None:
+                starts.append((turn.delay_s, number))
+            else:
+                self._next_of[turn.after].append(number)
+        for at, number in sorted(starts):
+            self._timeline.at(at, self._arrive, number)
+        for incident in self._scenario.incidents:
+            self._timeline.at(incident.at_s, self._befall, incident)
+        self._timeline.at(0.0, self._note_loads)
+
+    def run(self, progress: Callable[[int], None] = lambda served: None) -> Result:
+        """Until every turn has ended. `progress` is told now and then how many have.
+
+        Raises AssertionError if the books of routers or replicas do not balance at the end.
+        """
+        turns, told, timeline = len(self._trace.turns), 0, self._timeline
+        while len(self._served) < turns:
+            timeline.step()
+            if len(self._served) >= told + 100:
+                told = len(self._served)
+                progress(told)
+        lasted_s = timeline.now
+        until = lasted_s + self._scenario.wiring.log_flush_interval_s + self._scenario.wiring.completion_delay_s + 1e-9
+        while timeline.now <= until and any(s.router.in_flight for s in self._sidecars):
+            timeline.step()
+        self._check()
+        progress(turns)
+        return Result(self._served, self._places, self._sidecars, lasted_s)
+
+    def _check(self) -> None:
+        for node in self._places:
+            node.check()
+        for sidecar in self._sidecars:
+            sidecar.router.check()
+            assert sidecar.router.in_flight == 0, sidecar
+        assert sorted(s.turn for s in self._served) == list(range(len(self._trace.turns)))
+
+    # --- the client ---------------------------------------------------------------------------------------------------
+
+    def _arrive(self, number: int) -> None:
+        turn = self._trace.turns[number]
+        router = self._arrived % len(self._sidecars)
+        self._arrived += 1
+        call = self._calls[number] = _Call(number, turn, self._timeline.now, router)
+        hashes = turn.hashes()
+        verdict = self._sidecars[router].arrive(self._request(turn, hashes))
+        if isinstance(verdict, Reject):
+            self._end(call, End.UNREACHABLE, 503)
+            return
+        call.decision = verdict.decision
+        self._connect(call, hashes if self._ratio == 1 else turn.hashes(self._ratio))
+
+    def _request(self, turn: Turn, hashes: tuple[int, ...]) -> Request:
+        known = min(len(hashes), turn.prompt_tokens // self._trace.block_size)
+        return Request(
+            api=Api.CHAT,
+            model=MODEL,
+            blocks=Blocks(hashes[:known], self._ends[:known]),
+            prompt_bytes=turn.prompt_tokens * BYTES_PER_TOKEN,
+            max_output_tokens=turn.output_tokens if self._scenario.oracle_lengths else None,
+            stream=True,
+            session=turn.session,
+            tenant=turn.tenant,
+        )
+
+    # --- the proxy ----------------------------------------------------------------------------------------------------
+
+    def _connect(self, call: _Call, hashes: tuple[int, ...]) -> None:
+        """To the first of the list that accepts the connection."""
+        assert call.decision is not None
+        for address in call.decision.endpoints:
+            node = call.node = self._nodes[address]
+            call.attempts += 1
+            if node.up:
+                self._send(call, node, hashes)
+                return
+        self._end(call, End.UNREACHABLE, 503)
+
+    def _send(self, call: _Call, node: Node, hashes: tuple[int, ...]) -> None:
+        turn = call.turn
+        if node.submit(EngineRequest(call.number, turn.prompt_tokens, turn.output_tokens, hashes)):
+            self._end(call, End.CLIENT_ERROR, 400)
+            return
+        if node.hung:
+            self._timeline.at(self._timeline.now + IDLE_TIMEOUT_S, self._time_out, call)
+        if interval := self._scenario.wiring.progress_interval_s:
+            self._timeline.at(self._timeline.now + interval, self._progress, call)
+
+    def _progress(self, call: _Call) -> None:
+        if call.ended or call.node is None or call.decision is None:
+            return
+        ttft = None if call.first_token_s is None else call.first_token_s - call.arrived_s
+        size = call.node.emitted(call.number) * RESPONSE_BYTES_PER_TOKEN
+        self._sidecars[call.router].log(Progressed(call.decision.flight, ttft, ttft, size))
+        self._timeline.at(self._timeline.now + (self._scenario.wiring.progress_interval_s or 0), self._progress, call)
+
+    def _time_out(self, call: _Call) -> None:
+        if call.ended or call.node is None:
+            return
+        tokens = call.node.emitted(call.number)
+        call.node.abort(call.number)
+        self._end(call, End.TIMEOUT, 504 if call.first_token_s is None else 200, tokens)
+
+    def _end(self, call: _Call, end: End, status: int, tokens: int = 0) -> None:
+        """The one end of a call: into the access log and the record; then its client thinks."""
+        call.ended = True
+        del self._calls[call.number]
+        if call.decision is not None:
+            self._sidecars[call.router].log((call.decision.flight, self._outcome(call, end, status, tokens)))
+        self._served.append(self._record(call, end, status, tokens))
+        for number in self._next_of.pop(call.number, ()):
+            self._timeline.at(self._timeline.now + self._trace.turns[number].delay_s, self._arrive, number)
+
+    def _outcome(self, call: _Call, end: End, status: int, tokens: int) -> Outcome:
+        ttft = None if call.first_token_s is None else call.first_token_s - call.arrived_s
+        told = end is End.OK  # usage stands at the end of a response: one that broke off has none
+        return Outcome(
+            end=end,
+            status=status,
+            served=call.node.address if call.node else None,
+            attempts=max(call.attempts, 1),
+            ttft_s=ttft,
+            replica_ttft_s=ttft,
+            duration_s=self._timeline.now - call.arrived_s,
+            response_bytes=tokens * RESPONSE_BYTES_PER_TOKEN,
+            usage=Usage(call.turn.prompt_tokens, tokens, call.cached_tokens) if told else None,
+        )
+
+    def _record(self, call: _Call, end: End, status: int, tokens: int) -> Served:
+        decision = call.decision
+        prediction = decision.prediction if decision else None
+        return Served(
+            turn=call.number,
+            arrived_s=call.arrived_s,
+            router=call.router,
+            replica=call.node.address if call.node else None,
+            attempts=call.attempts,
+            end=end,
+            status=status,
+            reason=decision.reason if decision else "refused",
+            queue_s=None if call.scheduled_s is None else call.scheduled_s - call.arrived_s,
+            ttft_s=None if call.first_token_s is None else call.first_token_s - call.arrived_s,
+            e2e_s=self._timeline.now - call.arrived_s,
+            prompt_tokens=call.turn.prompt_tokens,
+            output_tokens=tokens,
+            cached_tokens=call.cached_tokens,
+            predicted_cached_tokens=prediction.cached_tokens if prediction else None,
+            predicted_ttft_s=prediction.ttft_s if prediction else None,
+        )
+
+    # --- what replicas tell -------------------------------------------------------------------------------------------
+
+    def scheduled(self, request: int) -> None:
+        """The prefill of a request begins, for the first time or, after a preemption, again."""
+        call = self._calls[request]
+        if call.scheduled_s is None:
+            call.scheduled_s = self._timeline.now
+
+    def token(self, token: Token) -> None:
+        """The first or the last token of a request came."""
+        assert isinstance(token.id, int)
+        call = self._calls[token.id]
+        if token.first:
+            call.first_token_s = self._timeline.now
+            call.cached_tokens = token.cached_tokens
+        if token.finished:
+            self._end(call, End.OK, 200, token.position + 1)
+
+    # --- what befalls them --------------------------------------------------------------------------------------------
+
+    def _befall(self, incident: Incident) -> None:
+        node = self._places[incident.replica - 1]
+        match incident.kind:
+            case Kind.DIES:
+                self._break_off(node)
+            case Kind.HANGS if node.up:
+                for number in node.hang():
+                    self._timeline.at(self._timeline.now + IDLE_TIMEOUT_S, self._time_out, self._calls[number])
+            case Kind.SLOWS:
+                node.slow(incident.factor)
+            case Kind.JOINS:
+                if node.up:
+                    self._break_off(node)
+                node.start()
+                for sidecar in self._sidecars:
+                    sidecar.joined(node.spec.replica)
+            case _:
+                return
+
+    def _break_off(self, node: Node) -> None:
+        """What runs there is lost: its headers are out, so the proxy cannot send it elsewhere."""
+        for number, tokens in node.die():
+            self._end(self._calls[number], End.UPSTREAM_ERROR, 200, tokens)
+
+    def _note_loads(self, _: object) -> None:
+        for node in self._places:
+            node.note_load()
+        self._timeline.at(self._timeline.now + LOAD_INTERVAL_S, self._note_loads)
+
+
+def _ends(trace: Trace) -> Sequence[int] | tuple[int, ...]:
+    """Byte at which each block of the longest prompt ends."""
+    longest = max((t.prompt_tokens for t in trace.turns), default=0) // trace.block_size
+    return tuple((i + 1) * trace.block_size * BYTES_PER_TOKEN for i in range(longest))

@@ -1,0 +1,211 @@
+"""One router of a simulated cluster, with what the service puts around it in production: scrapes and the access log.
+
+The router is the one that serves. Facts reach it at the moments at which they would there: samples at the scraper's pace,
+ends and progress when the proxy flushes its access log, lost flights by the tick.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from random import Random
+from typing import Final
+
+from extproc.config import EnvoyConfig, Requests, Scrape
+from extproc.core.router import PoolSettings, Router
+from extproc.core.speed import Speed
+from extproc.core.types import (
+    Add,
+    End,
+    Fact,
+    NotSampled,
+    Outcome,
+    Progressed,
+    Replica,
+    Request,
+    Reset,
+    Route,
+    Sample,
+    Sampled,
+    ScrapeFailure,
+    Verdict,
+)
+from extproc.sim.node import Node
+from extproc.sim.timeline import Timeline
+
+POOL: Final = "default"
+MODEL: Final = "sim"
+TICK_S: Final = 0.25
+"""As often as the service sweeps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wiring:
+    """How soon a router learns what; the defaults are those of the service's configuration."""
+
+    scrape_interval_s: float = Scrape().interval_s
+    scrape_idle_interval_s: float = Scrape().idle_interval_s
+    scrape_age_s: float = 0.0
+    """From the moment of which a sample tells to the moment at which it arrives."""
+    stale_after_s: float = Scrape().stale_after_s
+    log_flush_interval_s: float = EnvoyConfig().log_flush_interval_s
+    """The proxy sends its access log so often; 0 sends each entry at once."""
+    completion_delay_s: float = 0.0
+    """How much later entries of the access log arrive."""
+    progress_interval_s: float | None = EnvoyConfig().progress_interval_s
+    """Between the entries of a request that runs; None for none."""
+    flight_ttl_s: float = Requests().flight_ttl_s
+    prior_error: float = 1.0
+    """The router begins with step times wrong by this factor."""
+
+
+@dataclass(slots=True)
+class _Watched:
+    """The scrapes of one replica."""
+
+    node: Node
+    due: float = math.inf
+    has_work: bool = False
+    refused: int = 0
+
+
+class Sidecar:
+    """A router and its wiring."""
+
+    def __init__(
+        self,
+        number: int,
+        nodes: Mapping[str, Node],
+        members: tuple[Replica, ...],
+        policy: str,
+        options: Mapping[str, float | int | str | bool],
+        wiring: Wiring,
+        timeline: Timeline,
+        seed: int,
+    ) -> None:
+        """`nodes`: every replica that is or will be; `members`: those known at the start."""
+        self.wiring = wiring
+        self._timeline = timeline
+        self._rng = Random(f"{seed}/scrapes/{number}")
+        self._nodes = nodes
+        pool = PoolSettings(POOL, (MODEL,), policy, dict(options), stale_after_s=wiring.stale_after_s)
+        self.router = Router([pool], Random(f"{seed}/router/{number}"), flight_ttl_s=wiring.flight_ttl_s)
+        self._watched: dict[str, _Watched] = {}
+        self._entries: list[tuple[str, Outcome] | Progressed] = []
+        self._learn(Reset(POOL, members))
+        for member in members:
+            self._distrust(member.address)
+            self._watch(member.address)
+        timeline.at(TICK_S, self._tick)
+
+    def __repr__(self) -> str:
+        return f"<sidecar {self.router!r} {len(self._entries)} entries to flush>"
+
+    # --- requests -----------------------------------------------------------------------------------------------------
+
+    def arrive(self, request: Request) -> Verdict:
+        """The router's verdict; the replica is scraped soon."""
+        verdict = self.router.arrive(request, self._timeline.now)
+        if isinstance(verdict, Route):
+            self._hurry(verdict.endpoints[0])
+        return verdict
+
+    def log(self, entry: tuple[str, Outcome] | Progressed) -> None:
+        """The proxy writes an access log entry: the end of a flight, or how it goes."""
+        if not self._entries:
+            self._timeline.at(self._next_flush(), self._flushed)
+        self._entries.append(entry)
+
+    def _next_flush(self) -> float:
+        interval, now = self.wiring.log_flush_interval_s, self._timeline.now
+        at = (math.floor(now / interval) + 1) * interval if interval else now
+        return at
+
+    def _flushed(self, _: object) -> None:
+        entries, self._entries = self._entries, []
+        if self.wiring.completion_delay_s:
+            self._timeline.at(self._timeline.now + self.wiring.completion_delay_s, self._deliver, entries)
+        else:
+            self._deliver(entries)
+
+    def _deliver(self, entries: list[tuple[str, Outcome] | Progressed]) -> None:
+        now = self._timeline.now
+        for entry in entries:
+            if isinstance(entry, Progressed):
+                self.router.learn(entry, now)
+                continue
+            flight, outcome = entry
+            self.router.finish(flight, outcome, now)
+            if outcome.end in (End.UNREACHABLE, End.UPSTREAM_ERROR) and outcome.served is not None:
+                self._hurry(outcome.served)
+
+    # --- membership ---------------------------------------------------------------------------------------------------
+
+    def joined(self, replica: Replica) -> None:
+        """Discovery tells of a new member."""
+        self._learn(Add(POOL, replica))
+        self._distrust(replica.address)
+        self._watch(replica.address)
+
+    def _distrust(self, address: str) -> None:
+        """Put the wrong prior in; only learning can mend it."""
+        member = self.router.pools[POOL].fleet.get(address)
+        error = self.wiring.prior_error
+        if member is not None and error != 1.0:
+            member.speed = Speed(member.speed.prior.scaled(error, error))
+
+    # --- recurring ----------------------------------------------------------------------------------------------------
+
+    def _tick(self, _: object) -> None:
+        self.router.expire(self._timeline.now)
+        self._timeline.at(self._timeline.now + TICK_S, self._tick)
+
+    def _watch(self, address: str) -> None:
+        if address not in self._watched:
+            watched = self._watched[address] = _Watched(self._nodes[address])
+            self._scrape_in(watched, self._rng.random() * self.wiring.scrape_interval_s)
+
+    def _scrape_in(self, watched: _Watched, pause_s: float) -> None:
+        watched.due = self._timeline.now + pause_s
+        self._timeline.at(watched.due, self._scrape, watched)
+
+    def _hurry(self, address: str) -> None:
+        """One interval from now, if that is sooner than planned."""
+        watched = self._watched[address]
+        if watched.due > self._timeline.now + self.wiring.scrape_interval_s:
+            self._scrape_in(watched, self.wiring.scrape_interval_s)
+
+    def _scrape(self, watched: _Watched) -> None:
+        if self._timeline.now < watched.due or watched.due == -math.inf:
+            return
+        watched.due = -math.inf  # under way: neither an older plan nor a hurry may start another
+        sample = watched.node.sample() if watched.node.up else None
+        if self.wiring.scrape_age_s:
+            self._timeline.at(self._timeline.now + self.wiring.scrape_age_s, self._scraped, (watched, sample))
+        else:
+            self._scraped((watched, sample))
+
+    def _scraped(self, result: tuple[_Watched, Sample | None]) -> None:
+        watched, sample = result
+        address = watched.node.address
+        if sample is None:
+            watched.refused += 1
+            self._learn(NotSampled(POOL, address, ScrapeFailure.REFUSED))
+        else:
+            watched.refused = 0
+            watched.has_work = bool(sample.running or sample.waiting)
+            self._learn(Sampled(POOL, address, sample))
+        self._scrape_in(watched, self._pause_s(watched) * (1.0 - 0.1 * self._rng.random()))
+
+    def _pause_s(self, watched: _Watched) -> float:
+        """As the service's scraper: soon while there is work, doubling while nobody listens."""
+        wiring = self.wiring
+        if watched.refused:
+            return min(wiring.scrape_interval_s * 2.0 ** min(watched.refused - 1, 30), wiring.scrape_idle_interval_s)
+        member = self.router.pools[POOL].fleet.get(watched.node.address)
+        busy = watched.has_work or (member is not None and len(member.load) > 0)
+        return wiring.scrape_interval_s if busy else wiring.scrape_idle_interval_s
+
+    def _learn(self, fact: Fact) -> None:
+        self.router.learn(fact, self._timeline.now)
