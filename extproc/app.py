@@ -80,9 +80,9 @@ class App:
         self._scraper = Scraper(targets, self._learn, rng=rng, busy=self._busy)
         self._sources = [discovery.from_config(pool, self._discovery_error(pool.name)) for pool in config.pools]
         self._known: set[str] = set()
-        """Pools whose members are known; the members file is left alone until all are."""
+        """Pools whose members are known; the members file of the others is left alone."""
         self._members_changed = asyncio.Event()
-        self._endpoints = EndpointsFile(config.envoy.endpoints_file)
+        self._endpoints = EndpointsFile(config.envoy.endpoints_file, [pool.name for pool in config.pools])
         self._endpoints_error: str | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._web: web.AppRunner | None = None
@@ -181,14 +181,13 @@ class App:
     def _write_endpoints(self, strict: bool = False) -> None:
         """Tell Envoy who is a member and who is healthy, if that changed.
 
-        Not before every pool is known: after a restart Envoy keeps serving with the members of the last file.
+        Of a pool not before its members are known: after a restart Envoy keeps serving with those of the last file.
         """
-        if len(self._known) < len(self.config.pools):
-            return
         now = self._clock()
         members = {
             name: [Member(m.address, _health(m.readiness(now)), m.replica.weight) for m in pool.fleet.members]
             for name, pool in self.router.pools.items()
+            if name in self._known
         }
         try:
             self._endpoints.write(members)

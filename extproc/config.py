@@ -180,8 +180,8 @@ class Requests(Section):
     """Header that names a session, for `session_affinity`. Stripped before the replica."""
     tenant_header: str | None = None
     """Header that names who asks (an API key, say). Only a keyed hash of it is kept."""
-    flight_ttl_s: Seconds = 120.0
-    """A flight of which nothing was heard for this many seconds is closed as lost. Periodic entries of the access log renew it, so it may be shorter than the longest generation."""
+    flight_ttl_s: Seconds = 30.0
+    """A flight of which nothing was heard for this many seconds is closed as lost. Periodic entries of the access log renew it, so it may be shorter than the longest generation; where a proxy sends none, set it above that."""
 
 
 class EnvoyConfig(Section):
@@ -244,6 +244,15 @@ class Config(Section):
             raise ValueError(f"pools: model {doubled!r} is in two pools; name it in one")
         if doubled := _doubled(r.address for p in self.pools for r in p.replicas):
             raise ValueError(f"pools: replica {doubled} is in two pools; list it in one")
+        interval, ttl = self.envoy.progress_interval_s, self.requests.flight_ttl_s
+        if interval is None and ttl < 600:
+            raise ValueError(
+                f"requests.flight_ttl_s: {ttl:g} would lose long generations while envoy.progress_interval_s is null; set 600 or more"
+            )
+        if interval is not None and ttl < 3 * interval:
+            raise ValueError(
+                f"requests.flight_ttl_s: {ttl:g} is less than three envoy.progress_interval_s; set {3 * interval:g} or more"
+            )
         if len(self.pools) > 1 and (bare := [p.name for p in self.pools if not p.models]):
             raise ValueError(f"pools: {bare[0]!r} names no models; with several pools each needs models: [...]")
         return self

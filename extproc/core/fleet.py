@@ -30,6 +30,7 @@ class Member:
         "_stale_after_s",
         "answered_at",
         "down",
+        "heard_at",
         "held_at_sample",
         "hit_trust",
         "joined_at",
@@ -72,6 +73,8 @@ class Member:
         """Requests that the replica has from others than us, by its last sample."""
         self.opened_at_sample = 0
         self.held_at_sample = 0.0
+        self.heard_at = now
+        """Last sign of work: a byte, an answer, or a counter of tokens that moved."""
         """Our own requests and their tokens there when the sample came."""
 
     def __repr__(self) -> str:
@@ -105,6 +108,8 @@ class Member:
         if sample.running is not None and sample.waiting is not None:
             self.strangers = max(0, sample.running + sample.waiting - len(self.load))
         self.opened_at_sample, self.held_at_sample = len(self.load), self.load.held_tokens
+        if before is not None and _moved(before, sample):
+            self.heard_at = now
         return restarted
 
     def not_sampled(self, why: ScrapeFailure) -> None:
@@ -121,7 +126,7 @@ class Member:
     def answered(self, duration_s: float, now: float) -> None:
         """A request sent there was answered, after `duration_s`."""
         self.latency_s = _average(self.latency_s, duration_s)
-        self.answered_at = now
+        self.answered_at = self.heard_at = now
         self.suspect_until = now
 
     def hit(self, predicted_tokens: float, actual_tokens: int) -> None:
@@ -135,6 +140,11 @@ class Member:
         if sample is None or sample.waiting is None:
             return None
         return max(0, sample.waiting + len(self.load) - self.opened_at_sample)
+
+
+def _moved(before: Sample, after: Sample) -> bool:
+    pairs = ((before.prompt_tokens, after.prompt_tokens), (before.generated_tokens, after.generated_tokens))
+    return any(b is not None and a is not None and a > b for b, a in pairs)
 
 
 def _went_back(before: Sample, after: Sample) -> bool:

@@ -41,6 +41,8 @@ from extproc.core.types import (
     Verdict,
 )
 
+SILENT_S: Final = 3.0
+"""A replica with work that gives no sign for so long is not counted on: longer than any step, or the wait between scrapes."""
 ENDPOINTS: Final = 3
 """Length of the list given to Envoy: the best and two alternates for its retries."""
 
@@ -313,16 +315,19 @@ class Router:
         if flight is None:
             return
         self._ledger.touch(flight, now + self._ttl_s)
+        grown = fact.response_bytes > flight.response_bytes
         flight.response_bytes = fact.response_bytes
         member = self._pools[flight.pool].fleet.get(flight.address)
-        if member is None or not member.load.has(flight) or flight.first_token_at is not None:
+        if member is None or not member.load.has(flight):
             return
-        if not flight.shows_first_token:
+        if grown:
+            member.heard_at = now
+        if flight.first_token_at is not None:
             return
-        if fact.replica_ttft_s is None:
-            member.load.still_prefilling(flight, now)
-        else:
+        if flight.shows_first_token and fact.replica_ttft_s is not None:
             self._first_token(member, flight, fact.replica_ttft_s, now)
+        elif fact.replica_ttft_s is None and (flight.shows_first_token or _silent(member, flight, now)):
+            member.load.still_prefilling(flight, now)
 
     def _first_token(self, member: Member, flight: Flight, replica_ttft_s: float, now: float) -> None:
         member.load.first_token(flight, min(flight.routed_at + replica_ttft_s, now))
@@ -434,6 +439,15 @@ class Router:
             at = self._pools[flight.pool].fleet.get(flight.address)
             # One that joined since then is another process at the same address: it never had the flight.
             assert at is None or at.load.has(flight) or flight.routed_at <= at.joined_at, flight
+
+
+def _silent(member: Member, flight: Flight, now: float) -> bool:
+    """Whether a response that comes as a whole is overdue on a replica that gives no sign of work: it may hang.
+
+    Overdue alone says little, for the length of an answer is a guess; a replica at work moves its counters.
+    """
+    due = flight.routed_at + flight.prediction.ttft_s + flight.prediction.decode_s
+    return now > due and now - member.heard_at > SILENT_S
 
 
 def _failed(outcome: Outcome) -> bool:

@@ -69,32 +69,27 @@ def render(pool: str, members: Sequence[Member], *, version: int = 1) -> bytes:
 class EndpointsFile:
     """The file that Envoy watches, or one for each of several pools. One writer; the directory must exist, because Envoy watches that."""
 
-    def __init__(self, path: Path) -> None:
-        """`path` is `envoy.endpoints_file`."""
+    def __init__(self, path: Path, pools: Collection[str]) -> None:
+        """`path` is `envoy.endpoints_file`; `pools` names every pool, for several have a file each."""
         self.path = path
-        self._files: dict[str, _PoolFile] = {}
+        self._files = {pool: _PoolFile(pool, file_of(path, pool, pools)) for pool in pools}
 
     def __repr__(self) -> str:
-        return f"<EndpointsFile {self.path}: {', '.join(map(repr, self._files.values())) or 'nothing written yet'}>"
+        return f"<EndpointsFile {self.path}: {', '.join(map(repr, self._files.values()))}>"
 
-    def write(self, pools: Members) -> bool:
+    def write(self, known: Members) -> bool:
         """Replace the files whose members differ from what they say; whether any was replaced.
 
-        `pools` has every pool, those without members too. Blocks for an fsync a file (milliseconds), and only when something changed.
-        Raises EndpointsError, and then the old file still stands and the next call tries again.
+        `known` has the pools whose members are known, also those that have none; the files of the others stay. Blocks for an fsync a
+        file (milliseconds), and only when something changed. Raises EndpointsError, and then the old file still stands and the next
+        call tries again.
         """
-        replaced = [self._file(pool, pools).write(members) for pool, members in pools.items()]
+        replaced = [self._files[pool].write(members) for pool, members in known.items()]
         return any(replaced)
 
-    def read(self, pools: Collection[str]) -> dict[str, tuple[Member, ...]]:
+    def read(self) -> dict[str, tuple[Member, ...]]:
         """The members last written, also by an earlier process; a pool without a readable file is left out."""
-        files = {pool: self._file(pool, pools) for pool in pools}
-        return {pool: tuple(map(_member, file.hosts)) for pool, file in files.items() if file.hosts is not None}
-
-    def _file(self, pool: str, pools: Collection[str]) -> _PoolFile:
-        if pool not in self._files:
-            self._files[pool] = _PoolFile(pool, file_of(self.path, pool, pools))
-        return self._files[pool]
+        return {p: tuple(map(_member, file.hosts)) for p, file in self._files.items() if file.hosts is not None}
 
 
 class _PoolFile:

@@ -70,6 +70,7 @@ def _raw(layout: Layout, kind: str) -> dict[str, Any]:
         "listen": {"grpc": f"127.0.0.1:{grpc}", "http": f"127.0.0.1:{layout.http}"},
         # Without scrapes: they cost by time and not by request, and the canned replica has no metrics.
         "pools": [{"models": ["bench"], "engine": "none", "replicas": [f"127.0.0.1:{layout.backend}"]}],
+        "requests": {"flight_ttl_s": 600},
         "envoy": {
             "listen": f"127.0.0.1:{ports.listen}",
             "admin": f"127.0.0.1:{ports.admin}",

@@ -8,7 +8,7 @@ import pytest
 
 from extproc.core.fleet import SUSPECT_S, Readiness
 from extproc.core.observers import Several
-from extproc.core.router import PoolSettings, Router
+from extproc.core.router import SILENT_S, PoolSettings, Router
 from extproc.core.types import (
     Add,
     Api,
@@ -436,11 +436,29 @@ def test_where_the_first_byte_is_not_the_first_token_its_absence_says_nothing(fi
     made = router(1)
     flown = route(made, request(b"x" * 40_000, **fields))
     done = member(made).load.backlog_s(0.0)
-    made.learn(Progressed(flown.flight, None, None, 0), done + 5.0)
-    assert member(made).load.backlog_s(done + 5.0) == 0.0
+    made.learn(Progressed(flown.flight, None, None, 0), done + 1.0)
+    assert member(made).load.backlog_s(done + 1.0) == 0.0
     factor = member(made).speed.prefill_factor
     made.finish(flown.flight, ok(address(0), ttft_s=30.0, duration_s=30.0), done + 30.0)
     assert member(made).speed.prefill_factor == factor
+
+
+def test_a_whole_response_that_is_overdue_where_nothing_moves_does_not_look_free() -> None:
+    made = router(1)
+    flown = route(made, request(b"x" * 4000, output=50, stream=False))
+    due = flown.decision.prediction.ttft_s + flown.decision.prediction.decode_s
+    made.learn(Progressed(flown.flight, None, None, 0), due + SILENT_S + 1.0)
+    assert member(made).load.backlog_s(due + SILENT_S + 1.0) > 0.0
+
+
+def test_a_whole_response_that_is_overdue_where_tokens_come_is_only_long() -> None:
+    made = router(1)
+    flown = route(made, request(b"x" * 4000, output=50, stream=False))
+    later = flown.decision.prediction.ttft_s + flown.decision.prediction.decode_s + SILENT_S + 1.0
+    sample(made, 0, later - 1.0, generated_tokens=100.0)
+    sample(made, 0, later - 0.5, generated_tokens=150.0)
+    made.learn(Progressed(flown.flight, None, None, 0), later)
+    assert member(made).load.backlog_s(later) == 0.0
 
 
 def test_progress_moves_the_queue() -> None:

@@ -24,7 +24,7 @@ def config(directory: Path, *replicas: str, requests: dict[str, Any] | None = No
     raw = {
         "listen": {"grpc": f"127.0.0.1:{free_port()}"},
         "pools": [{"replicas": list(replicas) or ["127.0.0.1:1"]}],
-        "requests": requests or {},
+        "requests": {"flight_ttl_s": 600, **(requests or {})},
         "envoy": {
             "listen": f"127.0.0.1:{free_port()}",
             "admin": f"127.0.0.1:{free_port()}",

@@ -60,19 +60,19 @@ def test_an_only_pool_has_the_file_as_configured_and_several_one_each() -> None:
 
 def test_what_was_written_is_read_again_by_the_next_process(tmp_path: Path) -> None:
     pools = {"one": [A, V6, B], "two": []}
-    EndpointsFile(tmp_path / "e.json").write(pools)
-    assert EndpointsFile(tmp_path / "e.json").read(pools) == {"one": (A, B, V6), "two": ()}
+    EndpointsFile(tmp_path / "e.json", pools).write(pools)
+    assert EndpointsFile(tmp_path / "e.json", pools).read() == {"one": (A, B, V6), "two": ()}
 
 
 def test_only_changes_are_written(tmp_path: Path) -> None:
-    file = EndpointsFile(tmp_path / "e.json")
+    file = EndpointsFile(tmp_path / "e.json", ["p"])
     assert [file.write({"p": m}) for m in ([A, B], [B, A], [A], [A])] == [True, False, True, False]
     assert json.loads(file.path.read_bytes())["version_info"] == "2"
 
 
 def test_versions_go_on_after_a_restart(tmp_path: Path) -> None:
-    EndpointsFile(tmp_path / "e.json").write({"p": [A]})
-    restarted = EndpointsFile(tmp_path / "e.json")
+    EndpointsFile(tmp_path / "e.json", ["p"]).write({"p": [A]})
+    restarted = EndpointsFile(tmp_path / "e.json", ["p"])
     assert [restarted.write({"p": m}) for m in ([A], [B])] == [False, True]
     assert repr(restarted) == f"<EndpointsFile {tmp_path}/e.json: p version 2, 1 members>"
 
@@ -82,14 +82,14 @@ def test_versions_go_on_after_a_restart(tmp_path: Path) -> None:
 )
 def test_a_file_of_another_making_is_replaced(tmp_path: Path, garbage: bytes) -> None:
     (tmp_path / "e.json").write_bytes(garbage)
-    file = EndpointsFile(tmp_path / "e.json")
-    assert file.read(["p"]) == {}
+    file = EndpointsFile(tmp_path / "e.json", ["p"])
+    assert file.read() == {}
     assert file.write({"p": [A]})
-    assert file.read(["p"]) == {"p": (A,)}
+    assert file.read() == {"p": (A,)}
 
 
 def test_the_file_is_readable_by_an_envoy_of_another_user_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
-    file = EndpointsFile(tmp_path / "e.json")
+    file = EndpointsFile(tmp_path / "e.json", ["p"])
     file.write({"p": [A]})
     file.write({"p": [B]})
     assert stat.S_IMODE(file.path.stat().st_mode) == 0o644
@@ -97,7 +97,7 @@ def test_the_file_is_readable_by_an_envoy_of_another_user_and_nothing_is_left_be
 
 
 def test_a_missing_directory_is_named_and_the_next_write_succeeds(tmp_path: Path) -> None:
-    file = EndpointsFile(tmp_path / "sub" / "e.json")
+    file = EndpointsFile(tmp_path / "sub" / "e.json", ["p"])
     with pytest.raises(EndpointsError, match=r"^envoy.endpoints_file: directory .*/sub does not exist; create it"):
         file.write({"p": [A]})
     (tmp_path / "sub").mkdir()
@@ -107,18 +107,18 @@ def test_a_missing_directory_is_named_and_the_next_write_succeeds(tmp_path: Path
 def test_a_path_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "e.json").mkdir()
     with pytest.raises(EndpointsError, match=r"^envoy.endpoints_file: cannot write .*/e.json: Is a directory"):
-        EndpointsFile(tmp_path / "e.json").write({"p": [A]})
+        EndpointsFile(tmp_path / "e.json", ["p"]).write({"p": [A]})
     assert [p.name for p in tmp_path.iterdir()] == ["e.json"]
 
 
 def test_create_if_missing_writes_the_fixed_replicas_and_keeps_what_is_there(tmp_path: Path) -> None:
     config = steering.config(tmp_path, "10.0.0.1:8000")
     assert endpoints.create_if_missing(config)
-    file = EndpointsFile(config.envoy.endpoints_file)
-    assert file.read(["default"]) == {"default": (A,)}
+    file = EndpointsFile(config.envoy.endpoints_file, ["default"])
+    assert file.read() == {"default": (A,)}
     file.write({"default": [B]})
     assert not endpoints.create_if_missing(config)
-    assert EndpointsFile(config.envoy.endpoints_file).read(["default"]) == {"default": (B,)}
+    assert EndpointsFile(config.envoy.endpoints_file, ["default"]).read() == {"default": (B,)}
 
 
 # --- with Envoy: nothing listens where extproc should, so the last members serve --------------------------------------
@@ -129,7 +129,7 @@ async def test_members_come_and_go_without_a_restart(tmp_path: Path) -> None:
     async with Backend() as a, Backend() as b:
         config = steering.config(tmp_path, a.address)
         url = f"http://{config.envoy.listen}/"
-        file = EndpointsFile(config.envoy.endpoints_file)
+        file = EndpointsFile(config.envoy.endpoints_file, ["default"])
         async with EnvoyProcess(steering.steered(config)) as envoy, aiohttp.ClientSession() as client:
 
             async def answers() -> set[str]:
@@ -153,7 +153,7 @@ async def test_the_fallback_avoids_the_unhealthy_unless_all_are(tmp_path: Path) 
     async with Backend() as a, Backend() as b:
         config = steering.config(tmp_path, a.address, b.address)
         url = f"http://{config.envoy.listen}/"
-        file = EndpointsFile(config.envoy.endpoints_file)
+        file = EndpointsFile(config.envoy.endpoints_file, ["default"])
         sick, well = Member(a.address, Health.UNHEALTHY), Member(b.address)
         file.write({"default": [sick, well]})
         async with EnvoyProcess(steering.steered(config)) as envoy, aiohttp.ClientSession() as client:
@@ -187,7 +187,7 @@ async def test_a_broken_file_keeps_the_last_members(tmp_path: Path) -> None:
 async def test_an_envoy_started_alone_serves_the_last_members(tmp_path: Path) -> None:
     async with Backend() as a:
         config = steering.config(tmp_path)
-        EndpointsFile(config.envoy.endpoints_file).write({"default": [Member(a.address)]})
+        EndpointsFile(config.envoy.endpoints_file, ["default"]).write({"default": [Member(a.address)]})
         async with EnvoyProcess(bootstrap.render(config)), aiohttp.ClientSession() as client:
             assert await (await client.get(f"http://{config.envoy.listen}/")).text() == a.address
 
@@ -215,7 +215,7 @@ async def test_envoy_starts_within_seconds_with_a_broken_file_and_takes_a_good_o
                 return (await client.get(f"http://{config.envoy.listen}/")).status
 
             assert await status() == 503
-            EndpointsFile(config.envoy.endpoints_file).write({"default": [Member(a.address)]})
+            EndpointsFile(config.envoy.endpoints_file, ["default"]).write({"default": [Member(a.address)]})
             await until(lambda: _equal(status(), 200))
 
 
