@@ -77,19 +77,29 @@ async def test_when_every_replica_is_down_the_client_gets_503_and_nothing_stays_
         assert record.ended.outcome.end is End.UNREACHABLE
 
 
-async def test_a_hung_engine_is_avoided_though_its_page_says_that_it_is_idle(tmp_path: Path) -> None:
-    """Only the silence of the streams that are there tells; each that follows has another choice."""
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_hung_engine_is_avoided_though_its_page_says_that_it_is_idle(tmp_path: Path, stream: bool) -> None:
+    """Silence tells: of a stream at once, of a whole response when it is overdue where nothing else moves."""
     async with replica() as a, replica() as b, stack(tmp_path, {"replicas": [a.address, b.address]}) as running:
-        a.hang = True
-        sent = []
-        for i in range(20):
-            sent.append(asyncio.create_task(running.served(chat(f"{i} " * 50, stream=True))))
-            await asyncio.wait(sent[-1:], timeout=0.5)  # several progress intervals, for one that hangs
-        assert 0 < sum(not task.done() for task in sent) <= 4
-        assert a.in_flight == sum(not task.done() for task in sent)
-        a.hang = False
-        served = await asyncio.gather(*sent)
-        assert served.count(b.address) >= 16
+
+        def ask(i: int) -> asyncio.Task[str]:
+            return asyncio.create_task(running.served(chat(f"{i} " * 50, stream=stream, max_tokens=4)))
+
+        hung = a if await ask(-1) == a.address else b
+        hung.hang = True
+        stuck: list[asyncio.Task[str]] = []
+        for i in range(40):
+            _, pending = await asyncio.wait([ask(i)], timeout=0.5)
+            stuck += pending
+            if stuck:
+                break
+        assert stuck, "none of 40 was sent to the replica that served the first"
+        load = next(m.load for _, m in running.app.router.members() if m.address == hung.address)
+        await until(lambda: load.backlog_s(time.monotonic()) > 0.2)
+        after = await asyncio.gather(*(ask(100 + i) for i in range(8)))
+        assert hung.address not in after
+        hung.hang = False
+        await asyncio.gather(*stuck)
 
 
 async def test_a_full_replica_hands_on_to_the_next(tmp_path: Path) -> None:

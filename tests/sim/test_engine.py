@@ -21,6 +21,7 @@ def config(num_blocks: int = 100, **changes: object) -> EngineConfig:
         "max_num_batched_tokens": 64,
         "max_num_seqs": 8,
         "cpu_overhead_s": 0.5,
+        "async_scheduling": False,
     }
     return EngineConfig(STEP, num_blocks, **(settings_ | changes))  # type: ignore[arg-type]
 
