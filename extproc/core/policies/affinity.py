@@ -64,8 +64,8 @@ class PrefixAffinity(Stateless):
     name = "prefix_affinity"
     load_factor: float = 1.5
     """A replica with the prefix may hold this many times the mean of requests in flight."""
-    min_tokens: int = 64
-    """Shorter matches do not count: nearly every chat shares a template's first tokens."""
+    min_share: float = 0.3
+    """A match of less than this share of the prompt does not count: a short prefix common to all would draw everything to its first holders, and leave the others without work. The cache-aware routers of SGLang and vLLM have the same default."""
 
     def rank(self, ask: Ask, members: Sequence[Member], now: float, rng: Random) -> Ranking:
         bound = _bound(members, self.load_factor)
@@ -85,4 +85,4 @@ class PrefixAffinity(Stateless):
 
     def _score(self, ask: Ask, member: Member) -> float:
         cached = ask.cached_tokens(member)
-        return -float(cached) if cached >= self.min_tokens else 0.0
+        return -float(cached) if cached >= self.min_share * ask.prompt_tokens else 0.0

@@ -119,10 +119,10 @@ def test_the_longest_cached_prefix_wins() -> None:
 def test_a_short_match_does_not_count() -> None:
     members = members_of(replicas(3))
     fill(members[1], 1)
-    ranking = rank("prefix_affinity", members, prompt_tokens=1000, hits={address(1): 63.0})
+    ranking = rank("prefix_affinity", members, prompt_tokens=1000, hits={address(1): 299.0})
     assert first(ranking) != address(1)
     assert ranking.reason == "no_prefix"
-    assert first(rank("prefix_affinity", members, prompt_tokens=1000, hits={address(1): 64.0})) == address(1)
+    assert first(rank("prefix_affinity", members, prompt_tokens=1000, hits={address(1): 300.0})) == address(1)
 
 
 def test_a_holder_above_the_bound_gives_way_to_the_next_holder_then_to_the_least_loaded() -> None:
