@@ -44,16 +44,19 @@ def work_s(ask: Ask, member: Member, cached_tokens: int, now: float) -> float:
 
 
 def company(member: Member, now: float) -> tuple[float, float]:
-    """Sequences that generate there, and the KV tokens that they hold: ours, and the strangers' at the same mean."""
+    """Sequences that will generate there beside this request, and the KV tokens that they hold.
+
+    All that are in flight, also those whose prefill is queued: first come, first served, so they generate by the time
+    this one is prefilled. Counting only those that generate now would make a replica with a long queue look free.
+    Requests of others than us, by the last sample, count like ours on average.
+    """
     load = member.load
-    ours = len(load)
-    decoding = float(load.decoding(now))
-    held = load.held_tokens * decoding / ours if ours else 0.0
-    if member.strangers and member.fresh(now) is not None:
-        mean = load.held_tokens / ours if ours else 1024.0
-        decoding += member.strangers
-        held += member.strangers * mean
-    return decoding, held
+    ours, held = len(load), load.held_tokens
+    strangers = member.strangers if member.fresh(now) is not None else 0
+    if not strangers:
+        return float(ours), held
+    mean = held / ours if ours else 1024.0
+    return float(ours + strangers), held + strangers * mean
 
 
 def capacity_wait_s(ask: Ask, member: Member, now: float) -> float:
