@@ -181,3 +181,49 @@ def run(path: Path | None) -> None:
         asyncio.run(run_stack(path))
     except (DemoError, ConfigError) as e:
         raise click.ClickException(str(e)) from None
+
+
+@main.command()
+@click.option("--trace", type=click.Path(path_type=Path), help="A trace file; docs/simulator.md names public ones.")
+@click.option(
+    "--format", type=click.Choice(["mooncake", "agentic", "azure"]), help="Of the trace; its first line tells."
+)
+@click.option("--generate", help="Make a trace instead: sessions=500,sessions_per_s=5,... or empty for the defaults.")
+@click.option("--limit", type=click.IntRange(1), help="Only the first N requests.")
+@click.option("--sessions", type=click.IntRange(1), help="Only the first N sessions of an agentic trace.")
+@click.option("--sessions-per-s", type=float, default=0.1, show_default=True, help="How soon those follow each other.")
+@click.option("--max-pause", type=float, help="Cut longer pauses between their turns, seconds.")
+@click.option("--speed-up", type=float, default=1.0, show_default=True, help="Arrivals come sooner by this factor.")
+@click.option("--replica", multiple=True, help="gpu=h100,tp=1,count=8,... Repeatable.  [default: 8 H100]")
+@click.option("--fleet", type=click.Path(path_type=Path), help="YAML file with the key fleet, as deploy/demo.yaml.")
+@click.option("--model-size", help="Of the model served, like 8b or 70b.  [default: 8b]")
+@click.option("--block-size", type=click.IntRange(1), help="KV block, tokens.  [default: the trace's]")
+@click.option("--cpu-overhead", type=float, default=0.002, show_default=True, help="Seconds of CPU in each step.")
+@click.option("--policy", multiple=True, help="NAME or NAME:OPTION=VALUE,... One run each. Repeatable.")
+@click.option("--routers", type=click.IntRange(1), default=1, show_default=True, help="That do not talk.")
+@click.option("--scrape-interval", type=float, default=0.5, show_default=True, help="Seconds between samples.")
+@click.option("--scrape-age", type=float, default=0.0, show_default=True, help="Seconds by which samples come late.")
+@click.option("--log-flush", type=float, default=0.1, show_default=True, help="Seconds between access log flushes.")
+@click.option("--completion-delay", type=float, default=0.0, show_default=True, help="Further delay of ends, seconds.")
+@click.option("--progress-interval", type=float, default=1.0, show_default=True, help="Seconds; 0 for no such entries.")
+@click.option(
+    "--prior-error", type=float, default=1.0, show_default=True, help="Factor on the routers' first step times."
+)
+@click.option("--event", multiple=True, help="T:replica:dies, hangs, joins or slows=FACTOR. Repeatable.")
+@click.option("--oracle-lengths", is_flag=True, help="max_tokens of each request is its true output length.")
+@click.option("--slo-ttft", type=float, default=2.0, show_default=True, help="Seconds, for goodput.")
+@click.option("--slo-tpot", type=float, default=0.025, show_default=True, help="Seconds, for goodput.")
+@click.option("--seed", type=int, default=1, show_default=True, help="Same seed, same run.")
+@click.option("--json", type=click.Path(path_type=Path), help="Write the summaries here.")
+@click.option("--log", type=click.Path(path_type=Path), help="Write each request here, a line of JSON.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Write curves here, as one HTML file.")
+def simulate(**options: Any) -> None:
+    """Replay a trace on simulated replicas in virtual time, once for each policy, and compare."""
+    from extproc.sim.simulate import SimulateError, from_options
+
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)  # as `serve`
+    try:
+        from_options(**options)
+    except SimulateError as e:
+        raise click.ClickException(str(e)) from None

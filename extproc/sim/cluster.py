@@ -11,7 +11,7 @@ file is what stands between them:
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -40,7 +40,7 @@ class Scenario:
     fleet: tuple[NodeSpec, ...]
     routers: int = 1
     """Requests are dealt to them in turn; they do not talk."""
-    wiring: Wiring = Wiring()
+    wiring: Wiring = field(default_factory=Wiring)
     incidents: tuple[Incident, ...] = ()
     oracle_lengths: bool = False
     """Each request's `max_tokens` is its true output length."""
@@ -101,7 +101,6 @@ class Result:
     sidecars: tuple[Sidecar, ...]
     lasted_s: float
     """Virtual time from the start to the last end."""
-    mistakes: dict[str, int] = field(default_factory=dict)
 
 
 class Cluster:
@@ -151,7 +150,7 @@ class Cluster:
             self._timeline.at(incident.at_s, self._befall, incident)
         self._timeline.at(0.0, self._note_loads)
 
-    def run(self, progress: Callable[[int], None] = lambda served: None) -> Result:
+    def run(self, progress: Callable[[int], object] = int) -> Result:
         """Until every turn has ended. `progress` is told now and then how many have.
 
         Raises AssertionError if the books of routers or replicas do not balance at the end.
@@ -341,7 +340,7 @@ class Cluster:
         self._timeline.at(self._timeline.now + LOAD_INTERVAL_S, self._note_loads)
 
 
-def _ends(trace: Trace) -> Sequence[int] | tuple[int, ...]:
+def _ends(trace: Trace) -> tuple[int, ...]:
     """Byte at which each block of the longest prompt ends."""
     longest = max((t.prompt_tokens for t in trace.turns), default=0) // trace.block_size
     return tuple((i + 1) * trace.block_size * BYTES_PER_TOKEN for i in range(longest))

@@ -4,9 +4,14 @@ Pure, and without any notion of the present: `start_step` says how long the step
  1. each decoding sequence gets one token; where a block is missing, the sequence admitted last is preempted and will be
     computed again from its prompt;
  2. the prefill that the previous step left unfinished goes on; there is at most one, for a chunk is cut only where it
-    exhausts the budget;
+    exhausts the budget; where blocks are missing, it is itself the one admitted last, and preempted;
  3. unless something was preempted, waiting requests are admitted first come, first served, each with its cached prefix
-    and a first chunk, while budget, slots and blocks last.
+    and a first chunk, while budget and slots last and there are blocks for all that it has to compute, not only for
+    the chunk (`scheduler_reserve_full_isl`).
+With asynchronous scheduling the prefill part of a step is decided when the step before it begins, before anyone knows
+what that one frees: a request that arrives during a step joins the second step after it.
+
+Rules and their order are those of vLLM 0.19; replaying recorded runs of it (`make bench-sim`) shows what each is worth.
 
 A step costs the same however many sequences decode: they advance together, so a sequence that starts to decode is filed
 at once under the step that ends it and under the steps that need a new block for it. For the same reason steps in which
@@ -33,7 +38,10 @@ class EngineConfig:
 
     step_time: StepTime
     num_blocks: int = 25_000
-    """KV blocks; 400,000 tokens is about what 80 GB leave to an 8B model in bf16."""
+    """KV blocks that sequences can use, one less than vLLM's `num_gpu_blocks`, for it never hands out the first.
+
+    400,000 tokens is about what 80 GB leave to an 8B model in bf16.
+    """
     block_size: int = 16
     """Tokens."""
     max_num_batched_tokens: int = 8192
@@ -41,6 +49,10 @@ class EngineConfig:
     max_model_len: int = 131_072
     """Tokens of prompt and output together."""
     prefix_caching: bool = True
+    async_scheduling: bool = True
+    """vLLM's default. Below saturation the simulation misses the first token of a request by 10 % on average, and by 24 %
+    with this taken for off: each would come a step too early (`make bench-sim`, the run that queues less, first half).
+    """
     cpu_overhead_s: float = 0.002
     """Scheduling, sampling and detokenization in each step, beside the GPU: 1 to 3 ms in vLLM V1."""
 
@@ -119,18 +131,33 @@ class _Sequence:
 class Step:
     """What runs now, for `duration_s`."""
 
-    duration_s: float
-    decodes: int
-    chunks: list[tuple[int, int]]
+    duration_s: float = 0.0
+    decodes: int = 0
+    chunks: list[tuple[int, int]] = field(default_factory=list)
     """Prefill: (new tokens, context before them)."""
-    prefills: list[_Sequence]
+    prefills: list[_Sequence] = field(default_factory=list)
     """Whose they are."""
+    admitted: list[RequestId] = field(default_factory=list)
+    """Who left the queue when this step began; with asynchronous scheduling their prefill begins in the next one."""
     growth_s: float = 0.0
     """How much longer the next step takes than this one, if the same sequences decode in it: their contexts have grown."""
 
     @property
     def new_tokens(self) -> int:
         return self.decodes + sum(q for q, _ in self.chunks)
+
+    @property
+    def empty(self) -> bool:
+        return not self.decodes and not self.chunks
+
+    def completed(self) -> list[_Sequence]:
+        """Whose prefill is complete with this step."""
+        # Not by what is computed: the next chunk may have been decided, and counted, by now.
+        return [
+            seq
+            for seq, (q, p) in zip(self.prefills, self.chunks, strict=True)
+            if q + p == seq.target and seq.state is _State.PREFILL
+        ]
 
     def lasting_s(self, steps: int) -> float:
         """Duration of so many steps, this one the first, all with the same sequences."""
@@ -143,6 +170,14 @@ class Step:
             excess_s = self.lasting_s(steps) - elapsed_s
             steps -= max(1, int(excess_s / (self.duration_s + self.growth_s * steps)))
         return steps
+
+
+def _drop_gone(step: Step) -> None:
+    """Take out what was decided for sequences that were aborted or preempted since."""
+    if all(seq.state is _State.PREFILL for seq in step.prefills):
+        return
+    kept = [(seq, c) for seq, c in zip(step.prefills, step.chunks, strict=True) if seq.state is _State.PREFILL]
+    step.prefills, step.chunks = [seq for seq, _ in kept], [chunk for _, chunk in kept]
 
 
 @dataclass(slots=True)
@@ -236,6 +271,8 @@ class Engine:
         """In order of admission."""
         self._decoding = _Decoding(config.block_size)
         self._partial: _Sequence | None = None
+        self._ahead = Step()
+        """What is decided of the next step: its prefill, where scheduling is asynchronous."""
         self._stuck: tuple[RequestId, int] | None = None
         """Head of the queue that found no room, and the free blocks then: looking again before there are more is in vain."""
 
@@ -320,7 +357,7 @@ class Engine:
         True until the next `add` or `abort`. 0 also where a shortage of blocks might preempt a sequence.
         """
         decoding = self._decoding
-        if step.chunks or self._partial or self._may_admit():
+        if step.chunks or self._ahead.chunks or self._partial or self._may_admit():
             return 0
         quiet = min(decoding.ending) - self.counters.steps - 1
         blocks = step.decodes * (quiet // self.config.block_size + 1)
@@ -350,21 +387,36 @@ class Engine:
 
     def start_step(self) -> Step | None:
         """What runs next; None when there is nothing to do. No other step may be under way."""
-        preempted = self._grow()
-        step = Step(0.0, len(self._decoding.sequences), [], [])
-        budget = self.config.max_num_batched_tokens - step.decodes
-        if self._partial:
-            budget -= self._continue(self._partial, budget, step)
-        if not preempted:
-            self._admit(budget, step)
-        if not step.decodes and not step.chunks:
+        may_admit = not self._grow()
+        step, self._ahead = self._ahead, Step()
+        _drop_gone(step)
+        step.decodes = len(self._decoding.sequences)
+        if not self.config.async_scheduling or step.empty:
+            step.admitted += self._prefill(step, step.decodes, may_admit)
+        if step.empty:
             return None
+        if self.config.async_scheduling:
+            step.admitted += self._prefill(self._ahead, self._decodes_after(step), may_admit)
         sequences = step.decodes + len(step.chunks)
         kv_tokens = self._decoding.kv_tokens + step.decodes
         gpu_s = self.config.step_time.step_s(step.new_tokens, step.chunks, kv_tokens, sequences)
         step.duration_s = self.config.cpu_overhead_s + gpu_s
         step.growth_s = self.config.step_time.k * step.decodes
         return step
+
+    def _decodes_after(self, step: Step) -> int:
+        """How many sequences decode in the step after this one."""
+        ending = len(self._decoding.ending.get(self.counters.steps + 1, {}))
+        return step.decodes - ending + sum(seq.emitted + 1 < seq.request.output_tokens for seq in step.completed())
+
+    def _prefill(self, step: Step, decodes: int, may_admit: bool) -> list[RequestId]:
+        """Fill up a step with prefill beside so many decodes; who was admitted for it."""
+        budget = self.config.max_num_batched_tokens - decodes
+        if self._partial:
+            used = self._continue(self._partial, budget, step)
+            may_admit = may_admit and used > 0
+            budget -= used
+        return self._admit(budget, step) if may_admit else []
 
     def _grow(self) -> bool:
         """A new block for each decoding sequence whose last one is full; True when some were preempted for it."""
@@ -380,31 +432,34 @@ class Engine:
         return preempted
 
     def _continue(self, seq: _Sequence, budget: int, step: Step) -> int:
-        """The next chunk of the unfinished prefill, as far as there are blocks; its tokens."""
-        size = self.config.block_size
-        room = (seq.blocks + self.pool.free) * size - seq.computed
-        # No preemption for a prefill: it was admitted last, so it could only evict itself.
-        return self._chunk(seq, min(seq.target - seq.computed, budget, room), step)
+        """The next chunk of the unfinished prefill; its tokens, 0 where that was preempted for want of blocks."""
+        tokens = min(seq.target - seq.computed, budget)
+        if seq.computed + tokens > (seq.blocks + self.pool.free) * self.config.block_size:
+            self._preempt(seq)
+            return 0
+        return self._chunk(seq, tokens, step)
 
-    def _admit(self, budget: int, step: Step) -> None:
+    def _admit(self, budget: int, step: Step) -> list[RequestId]:
+        admitted: list[RequestId] = []
         while self._waiting and budget and len(self._running) < self.config.max_num_seqs:
             seq = next(iter(self._waiting.values()))
             if self._stuck and self._stuck[0] == seq.request.id and self.pool.free <= self._stuck[1]:
-                return
+                break
             if not (used := self._start(seq, budget, step)):
                 self._stuck = (seq.request.id, self.pool.free)
-                return
+                break
             self._stuck = None
             budget -= used
+            admitted.append(seq.request.id)
+        return admitted
 
     def _start(self, seq: _Sequence, budget: int, step: Step) -> int:
-        """Admit a waiting sequence; tokens of its first chunk, 0 when there is no room for that."""
+        """Admit a waiting sequence; tokens of its first chunk, 0 when there is no room for the whole."""
         size = self.config.block_size
         # The last token is computed in any case: without it there is nothing to sample from.
         hits = self.pool.leading(seq.hashes, (seq.target - 1) // size)
-        tokens = min(seq.target - hits * size, budget)
-        new = -(-(hits * size + tokens) // size) - hits
-        if not self.pool.can_take(seq.hashes, hits, new):
+        # Room for the first chunk alone would admit long prompts that then preempt each other over and over.
+        if not self.pool.can_take(seq.hashes, hits, -(-seq.target // size) - hits):
             return 0
         self.pool.share(seq.hashes, hits)
         seq.blocks = seq.registered = hits
@@ -412,7 +467,7 @@ class Engine:
         del self._waiting[seq.request.id]
         self._running[seq.request.id] = seq
         self._note_hit(seq)
-        return self._chunk(seq, tokens, step)
+        return self._chunk(seq, min(seq.target - seq.computed, budget), step)
 
     def _note_hit(self, seq: _Sequence) -> None:
         if seq.cached is None:
@@ -422,8 +477,6 @@ class Engine:
 
     def _chunk(self, seq: _Sequence, tokens: int, step: Step) -> int:
         """Take blocks for `tokens` more tokens of a prefill and put them into the step."""
-        if not tokens:
-            return 0
         step.chunks.append((tokens, seq.computed))
         step.prefills.append(seq)
         seq.computed += tokens
@@ -447,9 +500,8 @@ class Engine:
             self._stop(seq)
             edges.append(self._end(seq))
         inner = list(decoding.sequences.values())
-        for seq in step.prefills:
-            if seq.state is _State.PREFILL and seq.computed == seq.target:
-                self._sampled(seq, edges, inner)
+        for seq in step.completed():
+            self._sampled(seq, edges, inner)
         emitted = Emitted(edges, inner, self.counters.steps)
         self.counters.generated_tokens += len(emitted)
         return emitted

@@ -6,12 +6,11 @@ up to date when someone looks at it or sends to it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from extproc.core.types import Replica, Sample
-from extproc.sim.engine import Engine, EngineConfig, EngineRequest, Refusal, Step, Token
+from extproc.sim.engine import Engine, EngineConfig, EngineRequest, Refusal, RequestId, Step, Token
 from extproc.sim.timeline import Timeline
 
 
@@ -57,6 +56,8 @@ class Node:
         self.loads: list[tuple[float, int, int]] = []
         """(time, running, waiting), as `note_load` found them."""
         self._timeline = timeline
+        self._generation = 0
+        """Wake-ups of an older one no longer apply."""
         self._listener = listener
         self._past = Totals()
         self._slowness = 1.0
@@ -93,8 +94,7 @@ class Node:
         """When the stretch of steps began that the next wake-up ends; the rest of it is not yet in `busy_s`."""
         self._quiet = 0
         """Steps from the one under way on that may be skipped."""
-        self._generation = getattr(self, "_generation", 0) + 1
-        """Wake-ups of an older one no longer apply."""
+        self._generation += 1
         self._gauges = (0, 0, 0.0)
 
     def _config(self) -> EngineConfig:
@@ -108,8 +108,7 @@ class Node:
         self._cut()
         if refusal := self._engine.add(request):
             return refusal
-        assert isinstance(request.id, int)
-        self._here.add(request.id)
+        self._here.add(_number(request.id))
         if self._step is None and not self.hung:
             self._next()
         return None
@@ -131,8 +130,8 @@ class Node:
         """The process ends. Returns the requests that it had, in the order of their ids, with the tokens that they had got."""
         self._sync()
         lost = [(request, self._engine.emitted(request)) for request in sorted(self._here)]
-        self._past = self.totals
-        if self._step is not None:
+        self._past, was_hung = self.totals, self.hung
+        if self._step is not None and not was_hung:
             self._past.busy_s += self._timeline.now - self._awake_since
         self._here.clear()
         self.up = self.hung = False
@@ -182,10 +181,6 @@ class Node:
         """Remember how much is there now."""
         self.loads.append((self._timeline.now, self._engine.running, self._engine.waiting))
 
-    def requests(self) -> Iterator[int]:
-        """Those that are there."""
-        return iter(sorted(self._here))
-
     def check(self) -> None:
         """Raise AssertionError where the engine's books do not balance, or do not fit the requests sent there."""
         self._engine.check()
@@ -200,7 +195,7 @@ class Node:
             return
         now = self._timeline.now
         for seq in step.prefills:
-            self._listener.scheduled(seq.request.id)  # type: ignore[arg-type]  # our ids are whole numbers
+            self._listener.scheduled(_number(seq.request.id))
         self._quiet = self._engine.quiet_steps(step)
         self._started = self._awake_since = now
         self._generation += 1
@@ -219,7 +214,7 @@ class Node:
         self._next()
         for token in edges:
             if token.finished:
-                self._here.discard(token.id)  # type: ignore[arg-type]
+                self._here.discard(_number(token.id))
             self._listener.token(token)
 
     def _sync(self) -> None:
@@ -243,3 +238,9 @@ class Node:
     def _look(self) -> None:
         engine = self._engine
         self._gauges = (engine.running, engine.waiting, engine.kv_usage)
+
+
+def _number(request: RequestId) -> int:
+    """The engine takes any id; ours are places in the trace."""
+    assert isinstance(request, int)
+    return request

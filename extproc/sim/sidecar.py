@@ -7,16 +7,18 @@ ends and progress when the proxy flushes its access log, lost flights by the tic
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from random import Random
 from typing import Final
 
 from extproc.config import EnvoyConfig, Requests, Scrape
+from extproc.core.observers import Ended, Quiet
 from extproc.core.router import PoolSettings, Router
 from extproc.core.speed import Speed
 from extproc.core.types import (
     Add,
+    Decision,
     End,
     Fact,
     NotSampled,
@@ -25,7 +27,6 @@ from extproc.core.types import (
     Replica,
     Request,
     Reset,
-    Route,
     Sample,
     Sampled,
     ScrapeFailure,
@@ -70,6 +71,20 @@ class _Watched:
     refused: int = 0
 
 
+class _Waker(Quiet):
+    """As in the service: a replica is scraped soon after it was given work, or failed."""
+
+    def __init__(self, hurry: Callable[[str], None]) -> None:
+        self._hurry = hurry
+
+    def decided(self, decision: Decision) -> None:
+        self._hurry(decision.endpoints[0])
+
+    def ended(self, ended: Ended) -> None:
+        if ended.moved or ended.outcome.end in (End.UNREACHABLE, End.UPSTREAM_ERROR):
+            self._hurry(ended.flight.address)
+
+
 class Sidecar:
     """A router and its wiring."""
 
@@ -90,7 +105,8 @@ class Sidecar:
         self._rng = Random(f"{seed}/scrapes/{number}")
         self._nodes = nodes
         pool = PoolSettings(POOL, (MODEL,), policy, dict(options), stale_after_s=wiring.stale_after_s)
-        self.router = Router([pool], Random(f"{seed}/router/{number}"), flight_ttl_s=wiring.flight_ttl_s)
+        rng = Random(f"{seed}/router/{number}")
+        self.router = Router([pool], rng, _Waker(self._hurry), wiring.flight_ttl_s)
         self._watched: dict[str, _Watched] = {}
         self._entries: list[tuple[str, Outcome] | Progressed] = []
         self._learn(Reset(POOL, members))
@@ -105,11 +121,8 @@ class Sidecar:
     # --- requests -----------------------------------------------------------------------------------------------------
 
     def arrive(self, request: Request) -> Verdict:
-        """The router's verdict; the replica is scraped soon."""
-        verdict = self.router.arrive(request, self._timeline.now)
-        if isinstance(verdict, Route):
-            self._hurry(verdict.endpoints[0])
-        return verdict
+        """The router's verdict."""
+        return self.router.arrive(request, self._timeline.now)
 
     def log(self, entry: tuple[str, Outcome] | Progressed) -> None:
         """The proxy writes an access log entry: the end of a flight, or how it goes."""
@@ -119,8 +132,7 @@ class Sidecar:
 
     def _next_flush(self) -> float:
         interval, now = self.wiring.log_flush_interval_s, self._timeline.now
-        at = (math.floor(now / interval) + 1) * interval if interval else now
-        return at
+        return (math.floor(now / interval) + 1) * interval if interval else now
 
     def _flushed(self, _: object) -> None:
         entries, self._entries = self._entries, []
@@ -134,11 +146,8 @@ class Sidecar:
         for entry in entries:
             if isinstance(entry, Progressed):
                 self.router.learn(entry, now)
-                continue
-            flight, outcome = entry
-            self.router.finish(flight, outcome, now)
-            if outcome.end in (End.UNREACHABLE, End.UPSTREAM_ERROR) and outcome.served is not None:
-                self._hurry(outcome.served)
+            else:
+                self.router.finish(*entry, now)
 
     # --- membership ---------------------------------------------------------------------------------------------------
 

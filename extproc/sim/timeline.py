@@ -6,7 +6,7 @@ from collections.abc import Callable
 from heapq import heappop, heappush
 from typing import Any, TypeAlias
 
-Action: TypeAlias = Callable[[Any], None]
+Action: TypeAlias = Callable[[Any], object]
 
 
 class Timeline:

@@ -210,6 +210,46 @@ def test_nothing_is_admitted_in_a_step_that_preempts() -> None:
     assert engine.running == before - 1
 
 
+def test_a_prompt_waits_until_the_whole_of_it_has_room_and_not_only_its_first_chunk() -> None:
+    engine = Engine(config(num_blocks=10, max_num_batched_tokens=9))
+    engine.add(request(1, 8, 3))
+    driven = Run(engine)
+    driven.step()
+    engine.add(request(2, 36, 1))  # 9 blocks, and 8 are free; its first chunk would take 2
+    engine.add(request(3, 4, 1))  # would fit, but is behind
+    driven.drain()
+    assert [s.chunks for s in driven.steps] == [[(8, 0)], [], [], [(9, 0)], [(9, 9)], [(9, 18)], [(9, 27)], [(4, 0)]]
+    assert engine.counters.preemptions == 0
+
+
+def test_a_preempted_sequence_comes_back_when_its_output_so_far_has_room_too() -> None:
+    engine = Engine(config(num_blocks=8, max_num_batched_tokens=10))
+    for r in (request(1, 5, 16), request(2, 5, 15)):
+        engine.add(r)
+    driven = Run(engine)
+    while not engine.counters.preemptions:
+        assert driven.step()
+    assert engine.emitted(2) == 12  # 17 tokens, 5 blocks; 3 are free, and a chunk would take 3
+    while driven.steps[-1].chunks == []:
+        assert driven.step()
+    assert 1 in driven.ended
+
+
+def test_an_unfinished_prefill_that_runs_short_of_blocks_gives_back_its_own() -> None:
+    engine = Engine(config(num_blocks=10, max_num_batched_tokens=9))
+    for i in (1, 2, 3):
+        engine.add(request(i, 3, 9))
+    driven = Run(engine)
+    driven.step()
+    engine.add(request(4, 24, 1))  # 6 blocks of the 7 that are free; the others take 3 of them while it is prefilled
+    engine.add(request(5, 1, 1))
+    for _ in range(3):
+        driven.step()
+    assert [s.chunks for s in driven.steps[1:]] == [[(6, 0)], [(6, 6)], []]
+    assert (engine.counters.preemptions, engine.running, engine.waiting) == (1, 3, 2)
+    assert driven.drain().ended[-2:] == [4, 5]
+
+
 def test_usage_counts_blocks_in_use_and_not_cached_ones() -> None:
     engine = Engine(config(num_blocks=10))
     engine.add(request(1, 8, 2, chain(1, 2)))
@@ -291,6 +331,79 @@ def test_an_abort_in_the_middle_of_a_step_silences_the_request() -> None:
     assert {id_: len(tokens) for id_, tokens in driven.tokens.items()} == {1: 3, 3: 1}
 
 
+# --- asynchronous scheduling --------------------------------------------------------------------------------------------
+
+
+def ahead(*requests: EngineRequest, **changes: object) -> Run:
+    """An engine that decides a step ahead, after the first step of `requests`."""
+    engine = Engine(config(async_scheduling=True, **changes))  # type: ignore[arg-type]
+    for r in requests:
+        assert engine.add(r) is None
+    driven = Run(engine)
+    driven.step()
+    return driven
+
+
+def test_an_idle_engine_starts_at_once_and_decides_its_second_step_too() -> None:
+    driven = ahead(request(1, 100, 2))
+    assert [s.admitted for s in driven.steps] == [[1]]
+    driven.engine.add(request(2, 10, 1))
+    driven.drain()
+    assert [s.chunks for s in driven.steps] == [[(64, 0)], [(36, 64)], [(10, 0)]]
+    assert [(s.decodes, s.admitted) for s in driven.steps] == [(0, [1]), (0, [2]), (1, [])]
+
+
+def test_a_request_that_comes_during_a_step_is_prefilled_in_the_second_after_it() -> None:
+    driven = ahead(request(1, 4, 6))
+    step = driven.engine.start_step()
+    assert step
+    driven.engine.add(request(2, 10, 2))
+    driven.finish(step)
+    driven.drain()
+    assert [(s.decodes, s.chunks) for s in driven.steps[2:5]] == [(1, []), (1, [(10, 0)]), (2, [])]
+    assert [s.admitted for s in driven.steps[2:4]] == [[2], []]
+
+
+def test_what_a_step_frees_is_seen_only_once_it_is_over() -> None:
+    driven = ahead(request(1, 4, 2), max_num_seqs=1)
+    driven.engine.add(request(2, 4, 1))
+    driven.drain()
+    # the second step ends 1; the third, which is empty, was decided before that, so 2 finds an idle engine
+    assert [(s.decodes, s.admitted) for s in driven.steps] == [(0, [1]), (1, []), (0, [2])]
+    driven = ahead(request(1, 4, 2), request(3, 4, 4), max_num_seqs=2)
+    driven.engine.add(request(2, 4, 1))
+    driven.drain()
+    assert [(s.decodes, s.chunks) for s in driven.steps[1:]] == [(2, []), (1, []), (1, [(4, 0)])]
+
+
+def test_the_budget_decided_ahead_leaves_room_for_those_that_will_decode() -> None:
+    driven = ahead(request(1, 30, 1), request(2, 30, 9), max_num_seqs=4)
+    driven.engine.add(request(3, 200, 1))
+    driven.drain()
+    # 1 is over with its first token, so only 2 decodes beside 3
+    assert [s.new_tokens for s in driven.steps[2:5]] == [64, 64, 64]
+    assert driven.steps[2].chunks == [(63, 0)]
+
+
+def test_what_was_decided_for_a_request_falls_out_when_it_is_aborted() -> None:
+    driven = ahead(request(1, 4, 6))
+    driven.engine.add(request(2, 10, 2))
+    driven.step()
+    assert driven.steps[-1].admitted == [2]
+    driven.engine.abort(2)
+    driven.engine.add(request(2, 12, 1))  # the same name, another request
+    driven.drain()
+    assert [s.chunks for s in driven.steps[1:]] == [[], [], [(12, 0)], [], []]
+
+
+def test_an_engine_that_decides_ahead_gives_the_same_tokens() -> None:
+    rnd = random.Random(7)
+    load = [request(i, rnd.randint(1, 90), rnd.randint(1, 30)) for i in range(30)]
+    both = [run(config(num_blocks=40, async_scheduling=a), *load) for a in (False, True)]
+    assert both[0].tokens == both[1].tokens
+    assert all(r.engine.counters.preemptions for r in both)
+
+
 # --- what holds for any load ------------------------------------------------------------------------------------------
 
 
@@ -336,9 +449,12 @@ def play(engine: Engine, planned: list[Plan]) -> Run:
 
 
 @settings(max_examples=150, deadline=None)
-@given(plans(), st.integers(23, 40), st.integers(1, 5), st.sampled_from([5, 16, 64]))
-def test_tokens_blocks_and_order_hold_for_any_load(planned: list[Plan], blocks: int, slots: int, budget: int) -> None:
-    engine = Engine(config(num_blocks=blocks, max_num_seqs=slots, max_num_batched_tokens=budget))
+@given(plans(), st.integers(23, 40), st.integers(1, 5), st.sampled_from([5, 16, 64]), st.booleans())
+def test_tokens_blocks_and_order_hold_for_any_load(
+    planned: list[Plan], blocks: int, slots: int, budget: int, ahead: bool
+) -> None:
+    sizes = {"max_num_seqs": slots, "max_num_batched_tokens": budget}
+    engine = Engine(config(blocks, async_scheduling=ahead, **sizes))
     driven = play(engine, planned)
     by_id = {p.request.id: p for p in planned}
     for id_, tokens in driven.tokens.items():

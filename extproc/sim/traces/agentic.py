@@ -14,6 +14,7 @@ So each turn waits for just one other, and a fleet that is slower than the recor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import groupby, islice
@@ -55,6 +56,7 @@ class _Lane:
 
 @dataclass(slots=True)
 class _Reading:
+    max_pause_s: float = math.inf
     turns: list[Turn] = field(default_factory=list)
 
     def session(self, name: str, base: int, starts_s: float, lines: list[_Line]) -> None:
@@ -88,6 +90,8 @@ class _Reading:
         if lane.spawned is not None and lane.spawned[1] <= pause_s + _SLACK_S:
             after, delay_s = lane.spawned[0], max(pause_s - lane.spawned[1], 0.0)
         lane.spawned = None
+        if after is not None:
+            delay_s = min(delay_s, self.max_pause_s)
         runs = tuple((base + start, length) for start, length in line.runs)
         self.turns.append(Turn(line.prompt_tokens, line.output_tokens, delay_s, after, runs, session=name))
         lane.last, lane.recorded_end_s = len(self.turns) - 1, line.at_s + line.answer_s
@@ -96,7 +100,7 @@ class _Reading:
 def read(lines: list[str], starts: Starts) -> Trace:
     """Sessions in the order of the file, laid over each other as `starts` says. Raises TraceError."""
     rows = ((str(row.get("session")), _line(row, number)) for number, row in objects(lines))
-    reading = _Reading()
+    reading = _Reading(math.inf if starts.max_pause_s is None else starts.max_pause_s)
     sessions = groupby(rows, lambda row: row[0])
     timed = zip(islice(sessions, starts.sessions), starts.times(), strict=False)
     for number, ((name, group), at) in enumerate(timed):

@@ -1,7 +1,7 @@
 """Azure's LLM inference traces: when, how long a prompt, how long an answer; nothing of prefixes.
 
-    TIMESTAMP,ContextTokens,GeneratedTokens
-    2023-11-16 18:15:46.6805900,374,44
+TIMESTAMP,ContextTokens,GeneratedTokens
+2023-11-16 18:15:46.6805900,374,44
 """
 
 from __future__ import annotations

@@ -67,6 +67,8 @@ class Starts:
     """Mean of the Poisson arrivals."""
     sessions: int | None = None
     """Only the first so many; None for all."""
+    max_pause_s: float | None = None
+    """Longer pauses between turns are cut to this: some users came back the next day."""
     seed: int = 1
 
     def times(self) -> Iterator[float]:

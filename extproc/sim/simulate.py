@@ -1,0 +1,230 @@
+"""The command `extproc simulate`: a trace, a fleet, one run for each policy, and a table of them side by side."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from io import StringIO
+from pathlib import Path
+from typing import Any, Final, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from extproc.config import ConfigError
+from extproc.core.policies import PolicyError, create
+from extproc.sim import fleet_spec, plot, simulate_report
+from extproc.sim.cluster import Cluster, Result, Scenario
+from extproc.sim.incidents import IncidentError, checked, incident
+from extproc.sim.sidecar import Wiring
+from extproc.sim.simulate_report import Slo
+from extproc.sim.traces import Generate, Starts, Trace, TraceError, generate, load
+
+DEFAULT_POLICIES: Final = ("predicted", "least_request", "round_robin")
+
+
+class SimulateError(Exception):
+    """The simulation cannot be run as asked; the text says what to change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What the command line asked for."""
+
+    trace: Path | None = None
+    format: str | None = None
+    generate: str | None = None
+    starts: Starts = field(default_factory=Starts)
+    limit: int | None = None
+    speed_up: float = 1.0
+    replicas: tuple[str, ...] = ()
+    fleet: Path | None = None
+    model_size: str | None = None
+    block_size: int | None = None
+    cpu_overhead_s: float = 0.002
+    policies: tuple[str, ...] = DEFAULT_POLICIES
+    routers: int = 1
+    wiring: Wiring = field(default_factory=Wiring)
+    incidents: tuple[str, ...] = ()
+    oracle_lengths: bool = False
+    seed: int = 1
+    slo: Slo = field(default_factory=Slo)
+    json: Path | None = None
+    log: Path | None = None
+    plot: Path | None = None
+
+
+@dataclass(slots=True)
+class _Chosen:
+    """A policy with its options, as `name` or `name:option=value,...`."""
+
+    text: str
+    name: str = field(init=False)
+    options: dict[str, float | int | str | bool] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.name, _, given = self.text.partition(":")
+        pairs = (part.partition("=") for part in given.split(",") if part)
+        self.options = {key: _value(value) for key, _, value in pairs}
+        create(self.name, self.options)  # complains now, not after the first run
+
+
+def from_options(**given: Any) -> None:
+    """From the options of `extproc simulate`, by their names there. Raises SimulateError."""
+    for name in ("speed_up", "sessions_per_s", "scrape_interval", "prior_error"):
+        if not given[name] > 0:
+            raise SimulateError(f"--{name.replace('_', '-')} must be above 0, not {given[name]:g}")
+    wiring = Wiring(
+        scrape_interval_s=given["scrape_interval"],
+        scrape_age_s=given["scrape_age"],
+        log_flush_interval_s=given["log_flush"],
+        completion_delay_s=given["completion_delay"],
+        progress_interval_s=given["progress_interval"] or None,
+        prior_error=given["prior_error"],
+    )
+    alike = ("trace", "format", "generate", "limit", "speed_up", "fleet", "model_size", "block_size", "routers")
+    files = ("oracle_lengths", "seed", "json", "log", "plot")
+    order = Order(
+        **{name: given[name] for name in (*alike, *files)},
+        starts=Starts(given["sessions_per_s"], given["sessions"], given["max_pause"], given["seed"]),
+        replicas=given["replica"],
+        cpu_overhead_s=given["cpu_overhead"],
+        policies=given["policy"] or DEFAULT_POLICIES,
+        wiring=wiring,
+        incidents=given["event"],
+        slo=Slo(given["slo_ttft"], given["slo_tpot"]),
+    )
+    console = Console()
+    # Into a pipe, as wide as it gets: nobody can read columns that were cut to fit a terminal that is not there.
+    simulate(order, console if console.is_terminal else Console(width=200))
+
+
+def simulate(order: Order, console: Console) -> dict[str, Any]:
+    """Run everything, print the table, write the files. Returns what `--json` gets. Raises SimulateError."""
+    try:
+        scenario = _scenario(order)
+        policies = [_Chosen(text) for text in order.policies]
+    except (TraceError, ConfigError, IncidentError, PolicyError) as e:
+        raise SimulateError(str(e)) from None
+    _check_files(order)
+    results, summaries = {}, {}
+    with _log(order.log) as log, _progress(console) as progress:
+        for policy in policies:
+            result, wall_s = _run(scenario, policy, progress)
+            results[policy.text] = result
+            summaries[policy.text] = _timed(simulate_report.summary(result, order.slo), wall_s)
+            for served in result.served if order.log else ():
+                log.write(f'{{"policy":{json.dumps(policy.text)},{simulate_report.line(served)[1:]}')
+    console.print(simulate_report.table(summaries, _title(scenario)))
+    return _written(order, scenario, results, summaries)
+
+
+def _scenario(order: Order) -> Scenario:
+    trace = _trace(order)
+    block_size = order.block_size or trace.block_size
+    if trace.block_size % block_size:
+        raise SimulateError(
+            f"--block-size {block_size} does not divide the trace's {trace.block_size}; choose one that does"
+        )
+    fleet = fleet_spec.nodes(*_groups(order), block_size, order.cpu_overhead_s)
+    return Scenario(
+        trace=trace,
+        fleet=fleet,
+        routers=order.routers,
+        wiring=order.wiring,
+        incidents=checked(map(incident, order.incidents), len(fleet)),
+        oracle_lengths=order.oracle_lengths,
+        seed=order.seed,
+    )
+
+
+def _trace(order: Order) -> Trace:
+    if (order.trace is None) is (order.generate is None):
+        raise SimulateError("give either --trace PATH or --generate OPTIONS (an empty text takes the defaults)")
+    if order.trace is not None:
+        trace = load(order.trace, order.format, order.starts)
+    else:
+        trace = generate(Generate.from_text(order.generate or ""), order.seed)
+    if order.limit is not None:
+        trace = trace.limited(order.limit)
+    if not trace.turns:
+        raise SimulateError("the trace has no requests")
+    return trace.faster(order.speed_up)
+
+
+def _groups(order: Order) -> tuple[Sequence[fleet_spec.Group], str]:
+    """Replicas of the file, then those of the options; and the size of their model."""
+    groups, size = fleet_spec.load_fleet(order.fleet) if order.fleet else ((), None)
+    groups += tuple(map(fleet_spec.Group.from_text, order.replicas))
+    return groups or (fleet_spec.Group(count=8),), order.model_size or size or "8b"
+
+
+def _run(scenario: Scenario, policy: _Chosen, progress: Progress) -> tuple[Result, float]:
+    """One run, and how long it took in real time."""
+    task = progress.add_task(policy.text, total=len(scenario.trace.turns))
+    gc.collect()
+    started = time.perf_counter()
+    cluster = Cluster(scenario, policy.name, policy.options)
+    result = cluster.run(lambda served: progress.update(task, completed=served))
+    return result, time.perf_counter() - started
+
+
+def _timed(summary: dict[str, Any], wall_s: float) -> dict[str, Any]:
+    return {**summary, "wall_s": wall_s, "speed": summary["makespan_s"] / wall_s}
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True)
+
+
+def _title(scenario: Scenario) -> str:
+    trace, fleet = scenario.trace, scenario.fleet
+    routers = f", {scenario.routers} routers" if scenario.routers > 1 else ""
+    return f"{trace.name}: {len(trace.turns):,} requests on {len(fleet)} replicas{routers}, virtual time"
+
+
+# --- files ----------------------------------------------------------------------------------------------------------------
+
+
+def _check_files(order: Order) -> None:
+    """Before the runs, not after them."""
+    if order.plot is not None and order.plot.suffix not in (".html", ".htm"):
+        raise SimulateError(f"--plot {order.plot}: only HTML (with SVG inside) is written; name it .html")
+    for path in (order.json, order.log, order.plot):
+        if path is not None and not path.parent.is_dir():
+            raise SimulateError(f"{path}: {path.parent} is no directory; make it first")
+
+
+def _log(path: Path | None) -> TextIO:
+    """The file of single requests; without one, nothing is written."""
+    return path.open("w") if path else StringIO()
+
+
+def _written(
+    order: Order, scenario: Scenario, results: Mapping[str, Result], summaries: Mapping[str, Any]
+) -> dict[str, Any]:
+    document = {"trace": scenario.trace.name, "requests": len(scenario.trace.turns), "runs": dict(summaries)}
+    try:
+        if order.json:
+            order.json.write_text(json.dumps(document, indent=1) + "\n")
+        if order.plot:
+            order.plot.write_text(plot.page(_title(scenario), results))
+    except OSError as e:
+        raise SimulateError(f"{e.filename}: {e.strerror}") from None
+    return document
+
+
+def _value(text: str) -> float | int | str | bool:
+    """An option's value as YAML would read it."""
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

@@ -1,0 +1,187 @@
+"""What simulated runs came to: one summary each, and a table of them side by side. Keys carry their unit; unknown is None."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from rich import box
+from rich.table import Table
+
+from extproc.core.types import End
+from extproc.sim.cluster import Result, Served
+from extproc.sim.node import Node
+from extproc.sim.report import percentile
+
+TTFT_PERCENTILES: Final = (50, 90, 99)
+E2E_PERCENTILES: Final = (50, 99)
+SHOWN: Final = 16
+"""Replicas in the table."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """What counts towards goodput."""
+
+    ttft_s: float = 2.0
+    tpot_s: float = 0.025
+
+    def met(self, served: Served) -> bool:
+        """Whether a request was answered in full, and in time by both."""
+        tpot = tpot_s(served)
+        in_time = served.ttft_s is not None and served.ttft_s <= self.ttft_s and (tpot is None or tpot <= self.tpot_s)
+        return served.end is End.OK and in_time
+
+
+def tpot_s(served: Served) -> float | None:
+    """Mean time per output token after the first; None where there was but one."""
+    if served.ttft_s is None or served.output_tokens < 2:
+        return None
+    return (served.e2e_s - served.ttft_s) / (served.output_tokens - 1)
+
+
+def summary(result: Result, slo: Slo) -> dict[str, Any]:
+    """One run. Latencies are those of whole answers; what failed is counted beside them, and never good."""
+    served = result.served
+    good = [s for s in served if s.end is End.OK]
+    return {
+        "requests": len(served),
+        "failed": len(served) - len(good),
+        "ends": {end.value: n for end in End if (n := sum(s.end is end for s in served))},
+        "retried": sum(s.attempts > 1 for s in served),
+        **_distribution("ttft", (s.ttft_s for s in good if s.ttft_s is not None), TTFT_PERCENTILES),
+        **_distribution("e2e", (s.e2e_s for s in good), E2E_PERCENTILES),
+        "tpot_mean_s": _mean(t for s in good if (t := tpot_s(s)) is not None),
+        "queue_mean_s": _mean(s.queue_s for s in good if s.queue_s is not None),
+        **_prefix(good),
+        **_prediction(good),
+        "goodput_share": _ratio(sum(slo.met(s) for s in served), len(served)),
+        "makespan_s": result.lasted_s,
+        "output_tokens": sum(s.output_tokens for s in good),
+        "replicas": {node.address: _replica(node, served, result.lasted_s) for node in result.nodes},
+        "digest": digest(served),
+    }
+
+
+def digest(served: Iterable[Served]) -> str:
+    """SHA-256 of the record of each request in the order of their ends: equal only if two runs went alike."""
+    sha = hashlib.sha256()
+    for each in served:
+        sha.update(line(each).encode())
+    return sha.hexdigest()
+
+
+def line(served: Served) -> str:
+    """One request as a line of JSON."""
+    return json.dumps(asdict(served), separators=(",", ":")) + "\n"
+
+
+def _prefix(good: Sequence[Served]) -> dict[str, float | None]:
+    """Shares of all prompt tokens: found in the cache, and expected there when the replica was chosen."""
+    tokens = sum(s.prompt_tokens for s in good)
+    return {
+        "prefix_hit_actual": _ratio(sum(s.cached_tokens or 0 for s in good), tokens),
+        "prefix_hit_predicted": _ratio(sum(s.predicted_cached_tokens or 0 for s in good), tokens),
+    }
+
+
+def _prediction(good: Sequence[Served]) -> dict[str, float | None]:
+    """How far off the predicted TTFT was: mean of the amounts, and mean with sign (above 0: too pessimistic)."""
+    errors = [s.predicted_ttft_s - s.ttft_s for s in good if s.predicted_ttft_s is not None and s.ttft_s is not None]
+    return {"ttft_error_mean_s": _mean(map(abs, errors)), "ttft_bias_mean_s": _mean(errors)}
+
+
+def _replica(node: Node, served: Sequence[Served], lasted_s: float) -> dict[str, Any]:
+    totals = node.totals
+    return {
+        "labels": dict(node.spec.replica.labels),
+        "requests": sum(s.replica == node.address for s in served),
+        "prompt_tokens": totals.prompt_tokens,
+        "output_tokens": totals.generated_tokens,
+        "preemptions": totals.preemptions,
+        "busy_share": _ratio(totals.busy_s, lasted_s),
+    }
+
+
+def _distribution(name: str, values: Iterable[float], percents: Sequence[int]) -> dict[str, float | None]:
+    ordered = sorted(values)
+    return {f"{name}_mean_s": _mean(ordered), **{f"{name}_p{p}_s": percentile(ordered, p) for p in percents}}
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    kept = list(values)
+    return sum(kept) / len(kept) if kept else None
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
+
+
+# --- the table ----------------------------------------------------------------------------------------------------------
+
+
+def table(runs: Mapping[str, Mapping[str, Any]], title: str) -> Table:
+    """Runs side by side; the keys name the columns."""
+    grid = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    grid.add_column("", no_wrap=True)
+    for name in runs:
+        grid.add_column(name, justify="right")
+    for label, key, show in _ROWS:
+        grid.add_row(label, *(show(run.get(key)) for run in runs.values()))
+    grid.add_section()
+    grid.add_row("each: requests, tokens, busy")
+    addresses = list(next(iter(runs.values()))["replicas"])
+    for address in addresses[:SHOWN]:
+        grid.add_row(_named(runs, address), *(_share(run["replicas"][address]) for run in runs.values()))
+    if len(addresses) > SHOWN:
+        grid.add_row(f"and {len(addresses) - SHOWN} more; --json has all")
+    return grid
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value * 1e3:,.1f}" if value < 0.1 else f"{value * 1e3:,.0f}"
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.1f}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _count(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}"
+
+
+_ROWS: Final[tuple[tuple[str, str, Callable[[float | None], str]], ...]] = (
+    ("TTFT mean, ms", "ttft_mean_s", _ms),
+    *((f"TTFT p{p}, ms", f"ttft_p{p}_s", _ms) for p in TTFT_PERCENTILES),
+    ("end to end mean, ms", "e2e_mean_s", _ms),
+    *((f"end to end p{p}, ms", f"e2e_p{p}_s", _ms) for p in E2E_PERCENTILES),
+    ("TPOT mean, ms", "tpot_mean_s", _ms),
+    ("queue mean, ms", "queue_mean_s", _ms),
+    ("prefix hit, actual", "prefix_hit_actual", _percent),
+    ("prefix hit, predicted", "prefix_hit_predicted", _percent),
+    ("TTFT off by, mean, ms", "ttft_error_mean_s", _ms),
+    ("goodput", "goodput_share", _percent),
+    ("makespan, s", "makespan_s", _seconds),
+    ("requests", "requests", _count),
+    ("failed", "failed", _count),
+    ("retried", "retried", _count),
+    ("simulated in, s", "wall_s", _seconds),
+    ("virtual over real time", "speed", _count),
+)
+
+
+def _named(runs: Mapping[str, Mapping[str, Any]], address: str) -> str:
+    labels = next(iter(runs.values()))["replicas"][address]["labels"]
+    return f"{labels['gpu']} tp{labels['tp']} {address.partition(':')[0]}"
+
+
+def _share(replica: Mapping[str, Any]) -> str:
+    tokens = (replica["prompt_tokens"] + replica["output_tokens"]) / 1e6
+    return f"{replica['requests']:,} {tokens:,.1f}M {replica['busy_share'] or 0:4.0%}"
