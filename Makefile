@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo run test test-vllm check format protos golden lock bench-overhead
+.PHONY: help setup demo run test test-vllm check format protos golden lock bench-overhead bench-sim
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -51,3 +51,6 @@ lock: $(READY)  ## resolve pyproject.toml into requirements.lock again (needs uv
 
 bench-overhead: $(READY)  ## CPU and latency that extproc adds, against a null ext_proc server, in one run
 	$(BIN)/python -m tests.bench.overhead
+
+bench-sim: $(READY)  ## the simulated engine against recorded runs of real vLLM; needs TRACES=/path with real_vllm_runs/ in it
+	$(BIN)/python -m tests.bench.sim_accuracy $(if $(TRACES),--runs $(TRACES)/real_vllm_runs)

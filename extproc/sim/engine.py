@@ -11,7 +11,7 @@ Pure, and without any notion of the present: `start_step` says how long the step
 With asynchronous scheduling the prefill part of a step is decided when the step before it begins, before anyone knows
 what that one frees: a request that arrives during a step joins the second step after it.
 
-Rules and their order are those of vLLM 0.19; replaying recorded runs of it (`make bench-sim`) shows what each is worth.
+Rules and their order are those of vLLM 0.19; `make bench-sim` holds them against recorded runs of it.
 
 A step costs the same however many sequences decode: they advance together, so a sequence that starts to decode is filed
 at once under the step that ends it and under the steps that need a new block for it. For the same reason steps in which
@@ -413,9 +413,8 @@ class Engine:
         """Fill up a step with prefill beside so many decodes; who was admitted for it."""
         budget = self.config.max_num_batched_tokens - decodes
         if self._partial:
-            used = self._continue(self._partial, budget, step)
-            may_admit = may_admit and used > 0
-            budget -= used
+            # Preempted instead, it is now the first in line and finds no room: nothing is admitted past it.
+            budget -= self._continue(self._partial, budget, step)
         return self._admit(budget, step) if may_admit else []
 
     def _grow(self) -> bool:

@@ -376,13 +376,23 @@ def test_what_a_step_frees_is_seen_only_once_it_is_over() -> None:
     assert [(s.decodes, s.chunks) for s in driven.steps[1:]] == [(2, []), (1, []), (1, [(4, 0)])]
 
 
-def test_the_budget_decided_ahead_leaves_room_for_those_that_will_decode() -> None:
-    driven = ahead(request(1, 30, 1), request(2, 30, 9), max_num_seqs=4)
-    driven.engine.add(request(3, 200, 1))
-    driven.drain()
-    # 1 is over with its first token, so only 2 decodes beside 3
-    assert [s.new_tokens for s in driven.steps[2:5]] == [64, 64, 64]
-    assert driven.steps[2].chunks == [(63, 0)]
+def test_the_budget_decided_ahead_is_what_those_that_will_decode_leave() -> None:
+    driven = ahead(request(1, 30, 1), request(2, 30, 3), request(3, 230, 1)).drain()
+    # 1 is over with its first token; 2 decodes in the second and third step, and in the fourth no more
+    assert [(s.decodes, s.chunks[-1][0]) for s in driven.steps] == [(0, 4), (1, 63), (1, 63), (0, 64), (0, 36)]
+
+
+def test_a_step_before_a_prefill_is_not_quiet() -> None:
+    driven = ahead(request(1, 4, 30))
+    quiet = driven.engine.start_step()
+    assert quiet
+    assert driven.engine.quiet_steps(quiet) == 28
+    driven.engine.add(request(2, 4, 1))
+    driven.finish(quiet)
+    before = driven.engine.start_step()
+    assert before
+    assert before.chunks == []
+    assert driven.engine.quiet_steps(before) == 0
 
 
 def test_what_was_decided_for_a_request_falls_out_when_it_is_aborted() -> None:
