@@ -73,9 +73,9 @@ class Member:
         """Requests that the replica has from others than us, by its last sample."""
         self.opened_at_sample = 0
         self.held_at_sample = 0.0
+        """Our own requests and their tokens there when the sample came."""
         self.heard_at = now
         """Last sign of work: a byte, an answer, or a counter of tokens that moved."""
-        """Our own requests and their tokens there when the sample came."""
 
     def __repr__(self) -> str:
         age = "never sampled" if self.sampled_at is None else f"sampled at {self.sampled_at:.3f}"

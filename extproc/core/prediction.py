@@ -37,12 +37,6 @@ class Ask:
         return min(int(hit * member.hit_trust), self.prompt_tokens - 1) if hit else 0
 
 
-def work_s(ask: Ask, member: Member, cached_tokens: int, now: float) -> float:
-    """The prior's seconds for this prompt's own prefill on that replica."""
-    sequences, kv_tokens = company(member, now)
-    return member.speed.work_s(max(ask.prompt_tokens - cached_tokens, 1), cached_tokens, sequences, kv_tokens)
-
-
 def company(member: Member, now: float) -> tuple[float, float]:
     """Sequences that will generate there beside this request, and the KV tokens that they hold.
 

@@ -15,7 +15,7 @@ from extproc.core.fleet import Fleet, Member
 from extproc.core.flights import Flight, Ledger
 from extproc.core.observers import Ended, Observer, Quiet
 from extproc.core.policies import Policy, create
-from extproc.core.prediction import Ask, company, predict, work_s
+from extproc.core.prediction import Ask, company, predict
 from extproc.core.prefix.index import PrefixIndex
 from extproc.core.tokens import OutputTokens, PromptTokens, ResponseBytes
 from extproc.core.types import (
@@ -273,8 +273,6 @@ class Router:
 
     def _reserve(self, decision: Decision, pool: Pool, ask: Ask, member: Member, now: float) -> None:
         request, prediction = ask.request, decision.prediction
-        own_s = work_s(ask, member, prediction.cached_tokens, now)
-        queue_s = member.load.backlog_s(now) / member.speed.prefill_factor
         flight = Flight(
             id=decision.flight,
             pool=decision.pool,
@@ -290,7 +288,7 @@ class Router:
             samples=request.samples,
             hit_bytes=self._hit_bytes(ask, member),
             prediction=prediction,
-            work_s=own_s + queue_s,
+            work_s=(member.load.backlog_s(now) + prediction.prefill_s) / member.speed.prefill_factor,
             company=company(member, now),
             exact_tokens=request.prompt_tokens is not None,
             routed_at=now,

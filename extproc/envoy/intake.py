@@ -86,7 +86,11 @@ class Intake:
         verdict = self._router.arrive(self._with_head(parsed.request, head), now)
         if isinstance(verdict, Reject):
             return Refuse(errors.of_refusal(verdict))
-        return self._steer(verdict, parsed, body if rewritable else None)
+        try:
+            return self._steer(verdict, parsed, body if rewritable else None)
+        except Exception:
+            self.abandon(verdict.flight, now)  # the request passes unrouted, and nobody would report its end
+            raise
 
     def abandon(self, flight: str, now: float) -> None:
         """End a flight that the proxy never heard of: the client left before the answer."""

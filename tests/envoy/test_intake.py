@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from extproc.config import Config
-from extproc.core.types import Api, End, Outcome, Refusal, Reject, Request
+from extproc.core.types import Api, End, Outcome, Refusal, Reject, Request, Route
 from extproc.envoy.exchange import Head, Refuse, Steer
 from extproc.envoy.intake import MAX_PRIORITY, FakeRouter, Intake
 from tests.envoy.setup import CHAT, prompt, route
@@ -173,6 +173,16 @@ def test_an_abandoned_flight_ends_as_the_clients_doing() -> None:
     router = FakeRouter()
     Intake(router, configured()).abandon("f9", 4.0)
     assert router.finished == [("f9", Outcome(End.CLIENT_GONE), 4.0)]
+
+
+def test_a_mistake_after_the_decision_ends_its_flight() -> None:
+    """The request then passes unrouted, without the mark by which its end would be reported."""
+    verdict = route(1)
+    broken = Route(verdict.flight, (None,), verdict.decision)  # type: ignore[arg-type]
+    router = FakeRouter([broken])
+    with pytest.raises(TypeError):
+        Intake(router, configured()).decide(POST, prompt(5), 0.0)
+    assert router.finished == [(verdict.flight, Outcome(End.CLIENT_GONE), 0.0)]
 
 
 def test_the_rules_for_streams() -> None:
