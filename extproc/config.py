@@ -287,19 +287,24 @@ def parse(text: str, source: str = "config", base: Path = Path()) -> Config:
     try:
         raw = yaml.safe_load(text)
     except yaml.YAMLError as e:
-        raise ConfigError(f"{source}: not YAML: {_yaml_mistake(e)}") from None
+        raise ConfigError(f"{source}: not YAML: {yaml_mistake(e)}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{source}: must be a mapping with the key pools; see docs/configuration.md")
     try:
         config = Config.model_validate(raw)
     except ValidationError as e:
-        lines = [f"{source}: {_line(error)}" for error in _causes(e.errors())]
-        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+        raise ConfigError("\n".join(f"{source}: {mistake}" for mistake in mistakes(e, Config))) from None
     _check_policies(config, source)
     return _absolute(_with_pool_labels(config), base)
 
 
-def _yaml_mistake(error: yaml.YAMLError) -> str:
+def mistakes(error: ValidationError, root: type[Section]) -> list[str]:
+    """What is wrong, one line each: dotted path below `root`, the mistake, the remedy. For every file and option that is a Section."""
+    return list(dict.fromkeys(_line(each, root) for each in _causes(error.errors())))
+
+
+def yaml_mistake(error: yaml.YAMLError) -> str:
+    """Where the text stops being YAML, and why, in one line."""
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else " ".join(str(error).split())
 
@@ -323,13 +328,13 @@ def _causes(errors: Sequence[Any]) -> list[Any]:
     ]
 
 
-def _line(error: Any) -> str:
+def _line(error: Any, root: type[Section]) -> str:
     """One mistake: dotted path, what is wrong, what to do."""
     loc = [part for part in error["loc"] if part != "function-before"]
     where = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc).lstrip(".")
     text = re.sub(r"^Value error, ", "", error["msg"])
     if error["type"] == "extra_forbidden":
-        return f"{where}: no such key{_suggestion(loc)}"
+        return f"{where}: no such key{_suggestion(loc, root)}"
     text = text[0].lower() + text[1:]
     if error["type"] == "missing":
         text = "is missing; add it"
@@ -345,9 +350,9 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def _suggestion(loc: list[Any]) -> str:
+def _suggestion(loc: list[Any], root: type[Section]) -> str:
     """The keys that stand there, nearest first."""
-    section: Any = Config
+    section: Any = root
     for part in loc[:-1]:
         if isinstance(part, str) and (field := getattr(section, "model_fields", {}).get(part)):
             section = _section_in(field.annotation)

@@ -69,10 +69,10 @@ def test_a_mistake_in_the_merged_part_is_named_by_its_path() -> None:
     ("text", "message"),
     [
         ("flet: []", "flet: no such key"),
-        ("fleet: [{gpu: h100, cout: 2}]", "fleet.0.cout: no such key"),
+        ("fleet: [{gpu: h100, cout: 2}]", "fleet[0].cout: no such key; did you mean count?"),
         ("workload: {system_tokens: [9, 1]}", "workload: system_tokens: 9 to 1 is no range"),
         ("fleet: [", "not YAML"),
-        ("fleet: []", "fleet: Tuple should have at least 1 item"),
+        ("fleet: []", "fleet: needs at least 1 item"),
     ],
 )
 def test_mistakes_in_the_file_are_named_by_their_path(tmp_path: Path, text: str, message: str) -> None:

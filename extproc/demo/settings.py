@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError
 
-from extproc.config import Config, ConfigError, Section, parse
+from extproc.config import Config, ConfigError, Section, mistakes, parse, yaml_mistake
 from extproc.sim.spec import BackendSpec
 from extproc.sim.workload import Workload
 
@@ -104,18 +104,11 @@ def load_settings(path: Path) -> DemoSettings:
     except OSError as e:
         raise ConfigError(f"{path}: {e.strerror}; pass --config with the path of a demo file") from None
     except yaml.YAMLError as e:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(e).split())}") from None
+        raise ConfigError(f"{path}: not YAML: {yaml_mistake(e)}") from None
     try:
         return DemoSettings.model_validate(raw or {})
     except ValidationError as e:
-        lines = (f"{path}: {'.'.join(map(str, error['loc']))}: {_said(error)}" for error in e.errors())
-        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
-
-
-def _said(error: Any) -> str:
-    if error["type"] == "extra_forbidden":
-        return "no such key"
-    return str(error["msg"]).removeprefix("Value error, ")
+        raise ConfigError("\n".join(f"{path}: {mistake}" for mistake in mistakes(e, DemoSettings))) from None
 
 
 # --- what follows from it -------------------------------------------------------------------------------------------------

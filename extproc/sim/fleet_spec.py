@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import yaml
 from pydantic import AliasChoices, Field, ValidationError, model_validator
 
-from extproc.config import ConfigError, Section
+from extproc.config import ConfigError, Section, mistakes, yaml_mistake
 from extproc.core.steptime import prior
 from extproc.core.types import Replica
 from extproc.sim.engine import EngineConfig
@@ -63,7 +63,7 @@ class Group(Section):
         try:
             return cls.model_validate({key.strip(): value.strip() for key, _, value in pairs})
         except ValidationError as e:
-            raise ConfigError("\n".join(_mistakes(f"--replica {text}", e))) from None
+            raise ConfigError("\n".join(f"--replica {text}: {mistake}" for mistake in mistakes(e, cls))) from None
 
     def kv_capacity(self, model_size: str) -> int:
         """KV cache in tokens. Raises ConfigError when the model does not fit."""
@@ -87,20 +87,20 @@ def load_fleet(path: Path) -> tuple[tuple[Group, ...], str | None]:
     except OSError as e:
         raise ConfigError(f"{path}: {e.strerror}; --fleet needs a YAML file with the key fleet") from None
     except yaml.YAMLError as e:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(e).split())}") from None
+        raise ConfigError(f"{path}: not YAML: {yaml_mistake(e)}") from None
     rows = raw.get("fleet") if isinstance(raw, dict) else raw
     if not isinstance(rows, list) or not rows:
         raise ConfigError(f"{path}: has no list of replicas under the key fleet")
     size = raw.get("model_size") if isinstance(raw, dict) else None
     groups: list[Group] = []
-    mistakes: list[str] = []
+    found: list[str] = []
     for place, row in enumerate(rows):
         try:
             groups.append(Group.model_validate(row))
         except ValidationError as e:
-            mistakes += _mistakes(f"{path}: fleet[{place}]", e)
-    if mistakes:
-        raise ConfigError("\n".join(mistakes))
+            found += [f"{path}: fleet[{place}]: {mistake}" for mistake in mistakes(e, Group)]
+    if found:
+        raise ConfigError("\n".join(found))
     return tuple(groups), None if size is None else str(size)
 
 
@@ -152,15 +152,3 @@ def _billions(model_size: str) -> float:
     if not size > 0:
         raise ConfigError(f"model size {model_size!r} is not like 8b or 500m")
     return size
-
-
-def _mistakes(source: str, error: ValidationError) -> Iterable[str]:
-    for each in error.errors():
-        where = ".".join(map(str, each["loc"]))
-        text = "no such key" if each["type"] == "extra_forbidden" else _said(each)
-        yield f"{source}: {where + ': ' if where else ''}{text}"
-
-
-def _said(error: Mapping[str, Any]) -> str:
-    text = str(error["msg"]).removeprefix("Value error, ")
-    return text[0].lower() + text[1:]

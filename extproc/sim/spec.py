@@ -9,7 +9,7 @@ from typing import Any, Self
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
-from extproc.config import ConfigError, Section
+from extproc.config import ConfigError, Section, mistakes, yaml_mistake
 from extproc.core.steptime import prior
 from extproc.sim.engine import EngineConfig
 
@@ -66,7 +66,7 @@ class BackendSpec(Section):
         try:
             return cls(labels=labels, **fields)
         except ValidationError as e:
-            raise ConfigError(_mistakes("options", e)) from None
+            raise ConfigError("\n".join(f"options: {mistake}" for mistake in mistakes(e, cls))) from None
 
     def engine_config(self) -> EngineConfig:
         """Raises ValueError when the token budget is below the number of sequences."""
@@ -91,17 +91,6 @@ def load_specs(path: Path) -> list[BackendSpec]:
     except OSError as e:
         raise ConfigError(f"{path}: {e.strerror}; pass --config with the path of a YAML file") from None
     except yaml.YAMLError as e:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(e).split())}") from None
+        raise ConfigError(f"{path}: not YAML: {yaml_mistake(e)}") from None
     except ValidationError as e:
-        raise ConfigError(_mistakes(str(path), e)) from None
-
-
-def _mistakes(source: str, error: ValidationError) -> str:
-    return "\n".join(
-        f"{source}: {_place(e['loc'])}{e['msg'][:1].lower()}{e['msg'][1:]}" for e in error.errors()
-    ).replace("value error, ", "")
-
-
-def _place(loc: tuple[int | str, ...]) -> str:
-    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
-    return f"{where}: " if where else ""
+        raise ConfigError("\n".join(f"{path}: {mistake}" for mistake in mistakes(e, BackendSpec))) from None

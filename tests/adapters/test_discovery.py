@@ -76,10 +76,10 @@ class TestListing:
         [
             ("", "must be a list of replicas, or an object with the key replicas"),
             ("7", "must be a list of replicas, or an object with the key replicas"),
-            ("{}", "replicas: field required"),
+            ("{}", "replicas: is missing; add it"),
             (
                 f"replicas: [{A}]\nreplica: []",
-                "replica: no such key; remove it",
+                "replica: no such key; did you mean replicas?",
             ),
             (f"[{A}, {A}]", f"replica {A} is listed twice; remove one"),
             (
@@ -87,7 +87,7 @@ class TestListing:
                 "replicas[0].address: 'vllm-0:8000' is not ip:port; write the IP address instead of 'vllm-0'",
             ),
             (f"[{A}, {{address: '{B}', weight: 0}}]", "replicas[1].weight: input should be greater than 0"),
-            (f"[{{address: '{A}', wieght: 1}}]", "replicas[0].wieght: no such key; remove it"),
+            (f"[{{address: '{A}', wieght: 1}}]", "replicas[0].wieght: no such key; did you mean weight?"),
             (f"[{A}, ", "neither YAML nor JSON: while parsing a flow node"),
             ("[\x00]", "neither YAML nor JSON: unacceptable character"),
         ],

@@ -35,7 +35,7 @@ def test_a_request_of_the_greatest_length_fits_the_cache() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("- {porto: 1}", "[0].porto: extra inputs are not permitted"),
+        ("- {porto: 1}", "[0].porto: no such key; did you mean port?"),
         ("- {}\n- {time_scale: 0}", "[1].time_scale: input should be greater than 0"),
         ("- {max_num_batched_tokens: 10}", "[0]: max_num_batched_tokens must be at least max_num_seqs"),
         ("port: 1", "input should be a valid list"),

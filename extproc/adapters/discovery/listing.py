@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError, model_validator
 
 from extproc.adapters.discovery.base import replica
-from extproc.config import ReplicaConfig, Section
+from extproc.config import ReplicaConfig, Section, mistakes
 from extproc.core.types import Replica
 
 
@@ -47,7 +47,7 @@ def parse(content: bytes, pool_labels: Mapping[str, str]) -> dict[str, Replica]:
     try:
         listing = _Listing.model_validate(raw)
     except ValidationError as e:
-        raise ListingError("; ".join(_mistake(error) for error in e.errors()[:3])) from None
+        raise ListingError("; ".join(mistakes(e, _Listing)[:3])) from None
     return {r.address: replica(r, pool_labels) for r in listing.replicas}
 
 
@@ -61,12 +61,3 @@ def _decoded(content: bytes) -> Any:
         return yaml.safe_load(content)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as e:
         raise ListingError(f"neither YAML nor JSON: {' '.join(str(e).split())}") from None
-
-
-def _mistake(error: Any) -> str:
-    """`replicas[1].weight: input should be greater than 0`."""
-    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")
-    text = (
-        "no such key; remove it" if error["type"] == "extra_forbidden" else error["msg"].removeprefix("Value error, ")
-    )
-    return f"{where}: {text[0].lower() + text[1:]}" if where else text

@@ -13,7 +13,7 @@ from typing import Final
 
 from pydantic import Field, ValidationError
 
-from extproc.config import Section
+from extproc.config import Section, mistakes
 from extproc.sim.traces.base import Run, Trace, TraceError, Turn, joined
 
 _IDS: Final = 1 << 20
@@ -67,8 +67,7 @@ class Generate(Section):
         try:
             return cls.model_validate({key.strip(): value.strip() for key, _, value in pairs})
         except ValidationError as e:
-            lines = (f"--generate: {'.'.join(map(str, error['loc']))}: {error['msg']}" for error in e.errors())
-            raise TraceError("\n".join(lines)) from None
+            raise TraceError("\n".join(f"--generate: {mistake}" for mistake in mistakes(e, cls))) from None
 
 
 def generate(spec: Generate, seed: int) -> Trace:
