@@ -111,6 +111,7 @@ def member_view(pool: str, member: Member, router: Router, now: float) -> dict[s
         "state": member.readiness(now).value,
         "in_flight": len(member.load),
         "prefilling": member.load.prefilling(now),
+        "decoding": member.load.decoding(now),
         "held_tokens": round(member.load.held_tokens),
         "queued_prompt_tokens": member.load.queued_tokens(now),
         "backlog_s": round(member.load.backlog_s(now), 6),
