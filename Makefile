@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo run test test-vllm check format protos golden lock bench-overhead bench-sim
+.PHONY: help setup demo run test test-vllm check format protos golden lock bench-overhead bench-sim bench-routing bench-routing-full
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -29,7 +29,7 @@ test: $(READY)  ## unit, transcript, property and end-to-end tests (real Envoy, 
 	$(BIN)/python -m pytest
 
 test-vllm: $(READY)  ## two real vLLM replicas on CPU behind Envoy and extproc; needs VLLM=/path/to/venv MODEL=/path/to/tiny-llama
-	$(BIN)/python -m pytest -m vllm --timeout 900 tests/e2e/test_vllm.py
+	$(BIN)/python -m pytest -m vllm --timeout 900 tests/e2e/test_vllm.py tests/e2e/test_vllm_simulator.py
 
 check: $(READY)  ## format, lint, types
 	$(BIN)/ruff format --check .
@@ -54,3 +54,11 @@ bench-overhead: $(READY)  ## CPU and latency that extproc adds, against a null e
 
 bench-sim: $(READY)  ## the simulated engine against recorded runs of real vLLM; needs TRACES=/path with real_vllm_runs/ in it
 	$(BIN)/python -m tests.bench.sim_accuracy $(if $(TRACES),--runs $(TRACES)/real_vllm_runs)
+
+ROUTING = $(BIN)/python -m tests.bench.routing $(if $(TRACES),--traces $(TRACES)) $(if $(ONLY),--only $(ONLY)) $(if $(DOCS),--docs $(DOCS))
+
+bench-routing: $(READY)  ## routing policies on one matrix of workloads, under 15 minutes on 2 cores; more traces with TRACES=/path
+	$(ROUTING)
+
+bench-routing-full: $(READY)  ## the whole matrix, which takes days; a part of it with ONLY=trace=chat,load=0.9
+	$(ROUTING) --full

@@ -193,7 +193,13 @@ def run(path: Path | None) -> None:
 @click.option("--sessions", type=click.IntRange(1), help="Only the first N sessions of an agentic trace.")
 @click.option("--sessions-per-s", type=float, default=0.1, show_default=True, help="How soon those follow each other.")
 @click.option("--max-pause", type=float, help="Cut longer pauses between their turns, seconds.")
-@click.option("--speed-up", type=float, default=1.0, show_default=True, help="Arrivals come sooner by this factor.")
+@click.option(
+    "--speed-up",
+    multiple=True,
+    default=("1",),
+    show_default=True,
+    help="Arrivals come sooner by this factor. Several, as 1,1.5,2 or repeated: every policy runs at each.",
+)
 @click.option("--replica", multiple=True, help="gpu=h100,tp=1,count=8,... Repeatable.  [default: 8 H100]")
 @click.option("--fleet", type=click.Path(path_type=Path), help="YAML file with the key fleet, as deploy/demo.yaml.")
 @click.option("--model-size", help="Of the model served, like 8b or 70b.  [default: 8b]")
@@ -209,6 +215,13 @@ def run(path: Path | None) -> None:
 @click.option(
     "--prior-error", type=float, default=1.0, show_default=True, help="Factor on the routers' first step times."
 )
+@click.option(
+    "--estimate-error",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Sigma of the error in prompt sizes (log-normal).",
+)
 @click.option("--event", multiple=True, help="T:replica:dies, hangs, joins or slows=FACTOR. Repeatable.")
 @click.option("--oracle-lengths", is_flag=True, help="max_tokens of each request is its true output length.")
 @click.option("--slo-ttft", type=float, default=2.0, show_default=True, help="Seconds, for goodput.")
@@ -216,7 +229,7 @@ def run(path: Path | None) -> None:
 @click.option("--seed", type=int, default=1, show_default=True, help="Same seed, same run.")
 @click.option("--json", type=click.Path(path_type=Path), help="Write the summaries here.")
 @click.option("--log", type=click.Path(path_type=Path), help="Write each request here, a line of JSON.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Write curves here, as one HTML file.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw curves here, as HTML or PNG by the name.")
 def simulate(**options: Any) -> None:
     """Replay a trace on simulated replicas in virtual time, once for each policy, and compare."""
     from extproc.sim.simulate import SimulateError, from_options

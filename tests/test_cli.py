@@ -120,7 +120,16 @@ async def test_explain_shows_each_replica_and_the_terms_of_its_cost(tmp_path: Pa
     ):
         code, text = await explained("--url", served.url, given=json.dumps(chat("Hello " * 100)))
         assert code == 0, text
-        for shown in (a.address, b.address, "queue_s", "prefill_s", "decode_s", "delay_s", "cached_tokens"):
+        for shown in (
+            a.address,
+            b.address,
+            "queue_s",
+            "prefill_s",
+            "decode_s",
+            "delay_s",
+            "crowding_s",
+            "cached_tokens",
+        ):
             assert shown in text
         code, text = await explained("--json", "--url", f"{served.url}/", given=json.dumps(chat()))
         assert (code, len(json.loads(text)["candidates"])) == (0, 2)

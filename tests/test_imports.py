@@ -34,6 +34,7 @@ OWNERS = {
     "betterproto2": ("extproc.envoy.rendering",),
     "grpc": ("extproc.envoy.rpc",),
     "click": ("extproc.cli",),
+    "matplotlib": ("extproc.sim.plot",),
     "uvloop": ("extproc.cli",),
     "prometheus_client": ("extproc.adapters", "extproc.app", "extproc.reference", "extproc.sim.vllm_metrics"),
     "xxhash": ("extproc.core", "extproc.openai.prompt", "extproc.sim.text"),

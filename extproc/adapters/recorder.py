@@ -67,6 +67,8 @@ def decision_view(decision: Decision) -> dict[str, Any]:
             "ttft_s": round(prediction.ttft_s, 6),
             "decode_s": round(prediction.decode_s, 6),
             "delay_s": round(prediction.delay_s, 6),
+            "crowding_s": round(prediction.crowding_s, 6),
+            "cost_s": round(prediction.cost_s, 6),
         },
         "candidates": [
             {

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from enum import StrEnum
+from typing import Final
 
 from extproc.core.flights import Load
-from extproc.core.speed import Speed
+from extproc.core.speed import Shared, Speed
 from extproc.core.steptime import prior
 from extproc.core.types import Add, Change, Remove, Replica, Reset, Sample, ScrapeFailure
 
 SUSPECT_S = 2.0
 """After a failed connection or a 5xx a replica is passed over for so long, or until a scrape answers: a scrape comes within that time."""
+
+
+STRANGERS_S: Final = 10.0
+"""Requests of others are averaged over about so many seconds. The last sample alone would be the same for all routers that
+read it, and would send all of them to the same replica."""
 
 
 class Readiness(StrEnum):
@@ -48,7 +55,10 @@ class Member:
         "suspect_until",
     )
 
-    def __init__(self, replica: Replica, now: float, scraped: bool, stale_after_s: float) -> None:
+    def __init__(
+        self, replica: Replica, now: float, scraped: bool, stale_after_s: float, learned: Shared | None = None
+    ) -> None:
+        """`learned`: what is learned together with the other members; None for one alone."""
         self.replica = replica
         self.scraped = scraped
         """Whether samples are to be expected at all."""
@@ -62,15 +72,15 @@ class Member:
         self.suspect_until = now
         self.models: tuple[str, ...] = ()
         self.load = Load()
-        self.speed = Speed(prior(replica.labels))
+        self.speed = Speed(prior(replica.labels), learned)
         self.latency_s: float | None = None
         """Moving average of response times; None before the first."""
         self.answered_at = now
         """When the last of these came."""
         self.hit_trust = 1.0
         """Actual over predicted prefix hits, smoothed: 0 where prefix caching is off."""
-        self.strangers = 0
-        """Requests that the replica has from others than us, by its last sample."""
+        self.strangers = 0.0
+        """Requests that the replica has from others than us, by its samples of the last seconds."""
         self.opened_at_sample = 0
         self.held_at_sample = 0.0
         """Our own requests and their tokens there when the sample came."""
@@ -102,11 +112,14 @@ class Member:
 
     def sampled(self, sample: Sample, now: float) -> bool:
         """Take in a scrape. True if the engine restarted since the last one: a counter went back, or nothing listened."""
-        before, self.sample, self.sampled_at = self.sample, sample, now
+        before, elapsed_s = self.sample, math.inf if self.sampled_at is None else now - self.sampled_at
+        self.sample, self.sampled_at = sample, now
+        self.speed.fade(elapsed_s)
         restarted = self.down or (before is not None and _went_back(before, sample))
         self.down, self.late_scrapes, self.suspect_until = False, 0, now
         if sample.running is not None and sample.waiting is not None:
-            self.strangers = max(0, sample.running + sample.waiting - len(self.load))
+            strangers = max(0, sample.running + sample.waiting - len(self.load))
+            self.strangers += (strangers - self.strangers) * (1.0 - math.exp(-elapsed_s / STRANGERS_S))
         self.opened_at_sample, self.held_at_sample = len(self.load), self.load.held_tokens
         if before is not None and _moved(before, sample):
             self.heard_at = now
@@ -161,6 +174,7 @@ class Fleet:
 
     def __init__(self, scraped: bool = True, stale_after_s: float = 10.0) -> None:
         self._members: dict[str, Member] = {}
+        self._learned = Shared()
         self._scraped = scraped
         self._stale_after_s = stale_after_s
 
@@ -198,10 +212,10 @@ class Fleet:
         """A known address keeps its load and what was learned there, unless its labels say that it is other hardware."""
         member = self._members.get(replica.address)
         if member is None:
-            self._members[replica.address] = Member(replica, now, self._scraped, self._stale_after_s)
+            self._members[replica.address] = Member(replica, now, self._scraped, self._stale_after_s, self._learned)
             return
         if member.replica.labels != replica.labels:
-            member.speed = Speed(prior(replica.labels))
+            member.speed = Speed(prior(replica.labels), self._learned)
         member.replica = replica
 
     def candidates(self, now: float, subset: frozenset[str] | None = None) -> list[Member]:

@@ -41,6 +41,8 @@ class Flight:
     prediction: Prediction
     work_s: float
     """The prior's seconds of prefill that stood before its first token, its own included."""
+    unseen_s: float
+    """Expected to stand there as well, for requests of others."""
     company: tuple[float, float]
     """Sequences and KV tokens there when it was routed."""
     routed_at: float
@@ -122,6 +124,23 @@ class Load:
     def decoding(self, now: float) -> int:
         """Flights that generate."""
         return len(self._flights) - len(self._queue) + self._believed_done(now)
+
+    def sharing_step(self, now: float, budget: int) -> tuple[int, int]:
+        """Flights at the end of the queue that get their first token from one step that has not begun, and the tokens in it.
+
+        A step computes up to `budget` tokens of all that wait. What is put behind these flights fills theirs up, and they
+        wait for all of it.
+        """
+        flights, tokens = 0, 0
+        for flight in reversed(self._queue):
+            uncached = max(flight.uncached_tokens, 1)
+            last = (uncached - 1) % budget + 1
+            if flight.prefill_done_at - flight.prediction.prefill_s * last / uncached <= now or tokens + last > budget:
+                break
+            flights, tokens = flights + 1, tokens + last
+            if last < uncached:
+                break
+        return flights, tokens
 
     def queued_tokens(self, now: float) -> int:
         """Uncached prompt tokens whose prefill is not done."""

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 
 from extproc.core.fleet import Member
 from extproc.core.speed import CHUNK_TOKENS
+from extproc.core.traffic import Prices
 from extproc.core.types import Prediction, Request
 
-Parts = tuple[int, float, float, float, float]
+Parts = tuple[int, float, float, float, float, float, float]
 """The fields of a Prediction: a frozen dataclass for each candidate would cost a tenth of a decision."""
 
 
@@ -22,6 +23,8 @@ class Ask:
     """Expected of one generation."""
     hit_tokens: dict[str, float]
     """Replica -> tokens of the prompt's head that the index believes cached there."""
+    prices: Prices = field(default_factory=Prices)
+    """What the parts of a cost are worth at present."""
     parts: dict[str, Parts] = field(default_factory=dict)
     """What was predicted for this request so far; nothing changes between ranking and reservation."""
 
@@ -42,11 +45,11 @@ def company(member: Member, now: float) -> tuple[float, float]:
 
     All that are in flight, also those whose prefill is queued: first come, first served, so they generate by the time
     this one is prefilled. Counting only those that generate now would make a replica with a long queue look free.
-    Requests of others than us, by the last sample, count like ours on average.
+    Requests of others than us, by the samples of the last seconds, count like ours on average.
     """
     load = member.load
     ours, held = len(load), load.held_tokens
-    strangers = member.strangers if member.fresh(now) is not None else 0
+    strangers = member.strangers if member.fresh(now) is not None else 0.0
     if not strangers:
         return float(ours), held
     mean = held / ours if ours else 1024.0
@@ -76,7 +79,7 @@ def capacity_wait_s(ask: Ask, member: Member, now: float) -> float:
 
 
 def predict(ask: Ask, member: Member, now: float) -> Prediction:
-    """The latency that the request would see on that replica, and the delay that it would add to those there.
+    """The latency that the request would see on that replica, and what it would add to that of others.
 
     Queued prefill counts in full: of all terms its absence costs most (rules with and without it, on the Mooncake
     conversation trace, differ by 23 to 49 % of mean TTFT). Decode enters by the number of sequences: each stands still
@@ -86,9 +89,13 @@ def predict(ask: Ask, member: Member, now: float) -> Prediction:
 
 
 def cost_s(ask: Ask, member: Member, now: float) -> float:
-    """`predict(...).total_s`, without the record: this runs once per candidate and request."""
-    _, queue_s, prefill_s, decode_s, delay_s = _parts(ask, member, now)
-    return queue_s + prefill_s + decode_s + delay_s
+    """`predict(...).cost_s`, without the record: this runs once per candidate and request."""
+    return _parts(ask, member, now)[-1]
+
+
+def unseen_s(ask: Ask, member: Member, now: float) -> float:
+    """Prefill of others that may stand before the request there."""
+    return (company(member, now)[0] - len(member.load)) * ask.prices.unseen_s
 
 
 def _parts(ask: Ask, member: Member, now: float) -> Parts:
@@ -96,11 +103,13 @@ def _parts(ask: Ask, member: Member, now: float) -> Parts:
     address = member.replica.address
     if (known := ask.parts.get(address)) is not None:
         return known
-    speed, load = member.speed, member.load
+    speed, load, prices = member.speed, member.load, ask.prices
     cached = ask.cached_tokens(member) if ask.hit_tokens else 0
     uncached = max(ask.prompt_tokens - cached, 1)
     sequences, kv_tokens = company(member, now)
-    queue_s = max(load.backlog_s(now), capacity_wait_s(ask, member, now))
+    strangers = sequences - len(load)
+    backlog_s = load.backlog_s(now)
+    queue_s = speed.base_s + max(backlog_s, capacity_wait_s(ask, member, now)) + strangers * prices.unseen_s
     prefill_s = speed.prefill_s(speed.work_s(uncached, cached, sequences, kv_tokens))
     steps = max(ask.output_tokens - 1.0, 0.0)
     step_s = speed.step_s(sequences + ask.request.samples, kv_tokens + ask.prompt_tokens)
@@ -111,5 +120,11 @@ def _parts(ask: Ask, member: Member, now: float) -> Parts:
         remaining = 0.5 * load.output_tokens / len(load) if len(load) else steps
         stalled = max(prefill_s - chunks * before_s, 0.0)
         delay_s = sequences * (stalled + (step_s - before_s) * min(steps, remaining))
-    parts = ask.parts[address] = (cached, queue_s + speed.base_s, prefill_s, steps * step_s, delay_s)
+    # Those to come; and others' requests for which this one is what they do not see, on average half done.
+    crowding_s = prefill_s * (prices.later + strangers * prices.unseen_rate * 0.5 * prefill_s)
+    if backlog_s:
+        flights, tokens = load.sharing_step(now, CHUNK_TOKENS)
+        crowding_s += flights * speed.fill_s(min(CHUNK_TOKENS - tokens, uncached), cached)
+    cost = queue_s + prefill_s + crowding_s + prices.decode * (steps * step_s + delay_s)
+    parts = ask.parts[address] = (cached, queue_s, prefill_s, steps * step_s, delay_s, crowding_s, cost)
     return parts

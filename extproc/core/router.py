@@ -15,9 +15,10 @@ from extproc.core.fleet import Fleet, Member
 from extproc.core.flights import Flight, Ledger
 from extproc.core.observers import Ended, Observer, Quiet
 from extproc.core.policies import Policy, create
-from extproc.core.prediction import Ask, company, predict
+from extproc.core.prediction import Ask, company, predict, unseen_s
 from extproc.core.prefix.index import PrefixIndex
 from extproc.core.tokens import OutputTokens, PromptTokens, ResponseBytes
+from extproc.core.traffic import Traffic
 from extproc.core.types import (
     Add,
     Change,
@@ -71,6 +72,7 @@ class Pool:
         self.prompt_tokens = PromptTokens()
         self.output_tokens = OutputTokens()
         self.response_bytes = ResponseBytes()
+        self.traffic = Traffic()
 
     def __repr__(self) -> str:
         return f"<pool {self.settings.name} {self.settings.policy} {len(self.fleet)} replicas>"
@@ -90,15 +92,18 @@ class Pool:
             return True
         return not self.settings.models and not any(member.models for member in members)
 
-    def ask(self, request: Request) -> Ask:
-        """Estimate what the request is in tokens, and where its prefix lies."""
+    def ask(self, request: Request, members: Sequence[Member], now: float) -> Ask:
+        """Estimate what the request is in tokens, where its prefix lies, and what seconds are worth among these members."""
         tokens = request.prompt_tokens
         if tokens is None:
             tokens = self.prompt_tokens.estimate(request.model, request.prompt_bytes or 0)
         output = self.output_tokens.estimate(request.model, request.api, request.tenant, request.max_output_tokens)
         per_byte = tokens / request.prompt_bytes if request.prompt_bytes else 0.0
         hits = {a: n * per_byte for a, n in self.index.match(request.blocks).items()} if request.blocks.hashes else {}
-        return Ask(request, max(tokens, 1), output, hits)
+        ours = sum(len(member.load) for member in members)
+        others = sum(member.strangers for member in members)
+        prices = self.traffic.prices(len(members), others / max(ours, 1), now)
+        return Ask(request, max(tokens, 1), output, hits, prices)
 
 
 class Router:
@@ -147,7 +152,7 @@ class Router:
             reject = self._nobody(pool, request)
             self._observer.refused(reject, pool.settings.name)
             return reject
-        ask = pool.ask(request)
+        ask = pool.ask(request, members, now)
         ranking = pool.policy.rank(ask, members, now, self._rng)
         best = ranking.order[0][1]
         prediction = predict(ask, best, now)
@@ -169,7 +174,7 @@ class Router:
         members = pool.fleet.candidates(now, request.subset)
         if not members:
             return self._nobody(pool, request)
-        ask = pool.ask(request)
+        ask = pool.ask(request, members, now)
         state = self._rng.getstate()
         ranking = pool.policy.rank(ask, members, now, self._rng)
         self._rng.setstate(state)
@@ -289,12 +294,14 @@ class Router:
             hit_bytes=self._hit_bytes(ask, member),
             prediction=prediction,
             work_s=(member.load.backlog_s(now) + prediction.prefill_s) / member.speed.prefill_factor,
+            unseen_s=unseen_s(ask, member, now),
             company=company(member, now),
             exact_tokens=request.prompt_tokens is not None,
             routed_at=now,
             expires_at=now + self._ttl_s,
         )
         self._ledger.open(flight)
+        pool.traffic.arrived(prediction.prefill_s, now)
         member.load.open(flight, now)
         if request.blocks.hashes:
             pool.index.insert(member.replica.address, request.blocks, flight.id)
@@ -330,7 +337,8 @@ class Router:
     def _first_token(self, member: Member, flight: Flight, replica_ttft_s: float, now: float) -> None:
         member.load.first_token(flight, min(flight.routed_at + replica_ttft_s, now))
         if flight.prompt_bytes:
-            member.speed.learn_ttft(flight.work_s, replica_ttft_s)
+            waited_s = flight.prediction.queue_s
+            member.speed.learn_ttft(flight.work_s, replica_ttft_s, waited_s, flight.unseen_s)
 
     def _end(self, flight: Flight, outcome: Outcome, now: float) -> None:
         """Everything that the end of a flight changes."""
@@ -344,8 +352,11 @@ class Router:
         self._settle_prefix(pool, flight, outcome)
         self._judge(pool, flight, outcome, moved, now)
         output_tokens = self._learn_tokens(pool, flight, outcome)
+        if outcome.end is End.OK and outcome.duration_s is not None:
+            ttft_s = outcome.ttft_s if flight.shows_first_token and outcome.ttft_s else flight.prediction.ttft_s
+            pool.traffic.answered(min(ttft_s, outcome.duration_s), max(outcome.duration_s - ttft_s, 0.0))
         if member is not None and not moved and outcome.end is End.OK:
-            self._learn_speed(member, flight, outcome, output_tokens)
+            self._learn_speed(member, flight, outcome, output_tokens, now)
         self._observer.ended(Ended(flight, outcome, moved, output_tokens))
 
     def _leave(self, member: Member, flight: Flight, outcome: Outcome, moved: bool, now: float) -> None:
@@ -403,14 +414,16 @@ class Router:
             pool.output_tokens.learn(flight.model, flight.api, flight.tenant, each)
         return output
 
-    def _learn_speed(self, member: Member, flight: Flight, outcome: Outcome, output_tokens: int | None) -> None:
+    def _learn_speed(
+        self, member: Member, flight: Flight, outcome: Outcome, output_tokens: int | None, now: float
+    ) -> None:
         usage = outcome.usage
         if usage and usage.cached_tokens is not None and flight.hit_bytes and flight.prompt_bytes:
             member.hit(flight.prompt_tokens * flight.hit_bytes / flight.prompt_bytes, usage.cached_tokens)
         if not flight.shows_first_token or not output_tokens or output_tokens < 8 or flight.samples > 1:
             return
         if outcome.duration_s is not None and outcome.ttft_s is not None:
-            sequences, kv_tokens = flight.company
+            sequences, kv_tokens = _mean(flight.company, company(member, now))
             step_s = (outcome.duration_s - outcome.ttft_s) / (output_tokens - 1)
             member.speed.learn_step(sequences + 1, kv_tokens + flight.prompt_tokens, step_s)
 
@@ -437,6 +450,11 @@ class Router:
             at = self._pools[flight.pool].fleet.get(flight.address)
             # One that joined since then is another process at the same address: it never had the flight.
             assert at is None or at.load.has(flight) or flight.routed_at <= at.joined_at, flight
+
+
+def _mean(before: tuple[float, float], after: tuple[float, float]) -> tuple[float, float]:
+    """The company of a request changes while it runs: halfway between what it found and what it leaves."""
+    return (before[0] + after[0]) / 2, (before[1] + after[1]) / 2
 
 
 def _silent(member: Member, flight: Flight, now: float) -> bool:

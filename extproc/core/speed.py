@@ -1,8 +1,8 @@
-"""What prefill and decode cost on one replica, in seconds: a prior by its labels, corrected by what is seen there.
+"""What prefill and decode cost on one replica, in seconds: a prior by its labels, corrected by what is seen of the fleet.
 
-Two things are learned. Prefill: `ttft = base + factor * work`, where work is the prior's own seconds for the uncached
-tokens, by recursive least squares with forgetting; base takes in what every request pays (HTTP, tokenization), so that
-short prompts do not make the GPU look slow. Decode: the factor between the observed time per output token and the prior's.
+Two things are learned. Prefill: `ttft = base + factor * work`, where work is the prior's own seconds for what stands before
+the first token; base takes in what every request of the pool pays (HTTP, tokenization), so that short prompts do not make the
+GPU look slow. Decode: the factor between the observed time per output token and the prior's.
 """
 
 from __future__ import annotations
@@ -10,64 +10,57 @@ from __future__ import annotations
 import math
 from typing import Final
 
+from extproc.core.factors import SURPRISE, Factor, Parts
 from extproc.core.steptime import DEFAULT_BUDGET, StepTime
 
 CHUNK_TOKENS: Final = DEFAULT_BUDGET
-_FACTOR = (0.02, 50.0)
-_BASE_S = (0.0, 1.0)
-_SURPRISE: Final = 8.0
-"""An observation further off than this factor is clipped to it: one stalled request must not set the speed."""
+BASE_S: Final = 0.01
+_BASE_LIMIT_S: Final = 1.0
+_BASE_DRIFT_S: Final = 0.0003
+"""By how much the base may wander from one observation to the next."""
+_PREFILL_NOISE: Final = 0.25
+"""Of a TTFT that is predicted well, as a share of it."""
+_WAIT_NOISE: Final = 0.3
+"""Of a predicted wait, as a share of it: it is a sum of other predictions."""
+_MOMENT_S: Final = 0.004
+"""Nobody knows when the step under way began."""
+_DECODE_NOISE: Final = 0.4
+"""Of a time per output token, as a share of it: the company changed while it ran."""
 
 
-class Line:
-    """`y = base + factor * x`, two-parameter recursive least squares on relative errors, with forgetting."""
+class Shared:
+    """What is learned of the speed of a pool's replicas together."""
 
-    __slots__ = ("_forget", "_p00", "_p01", "_p11", "base", "factor", "seen")
+    __slots__ = ("_base_variance", "base_s", "decode", "prefill")
 
-    def __init__(self, base: float, factor: float, forget: float = 0.97) -> None:
-        self.base, self.factor = base, factor
-        # How unsure we are: 20 ms of base, a factor of about two.
-        self._p00, self._p01, self._p11 = 0.02**2, 0.0, 0.7**2
-        self._forget = forget
-        self.seen = 0
+    def __init__(self) -> None:
+        self.base_s = BASE_S
+        """What every first token pays besides prefill."""
+        self._base_variance = BASE_S**2
+        self.prefill, self.decode = Parts(), Parts()
 
-    def at(self, x: float) -> float:
-        return self.base + self.factor * x
+    def base_variance(self, expected_s: float) -> float:
+        """How unsure the base makes the logarithm of an expected time."""
+        return self._base_variance / expected_s**2
 
-    def learn(self, x: float, y: float) -> None:
-        expected = self.at(x)
-        y = min(max(y, expected / _SURPRISE), expected * _SURPRISE)
-        noise = (0.2 * expected + 0.002) ** 2  # a fifth of the value: relative errors, so long prompts do not rule
-        g0, g1 = self._p00 + self._p01 * x, self._p01 + self._p11 * x
-        denominator = noise * self._forget + g0 + g1 * x
-        k0, k1 = g0 / denominator, g1 / denominator
-        error = y - expected
-        self.base = min(max(self.base + k0 * error, _BASE_S[0]), _BASE_S[1])
-        self.factor = min(max(self.factor + k1 * error, _FACTOR[0]), _FACTOR[1])
-        scale = 1.0 / self._forget
-        # Bounded: without new directions in the data, forgetting alone would let the uncertainty grow for ever.
-        self._p00 = min((self._p00 - k0 * g0) * scale, 0.1**2)
-        self._p11 = min((self._p11 - k1 * g1) * scale, 2.0**2)
-        self._p01 = max(min((self._p01 - k0 * g1) * scale, 0.05), -0.05)
-        self._limit_covariance()
-        self.seen += 1
-
-    def _limit_covariance(self) -> None:
-        bound = 0.99 * math.sqrt(max(self._p00 * self._p11, 0.0))
-        self._p01 = max(min(self._p01, bound), -bound)
+    def learn_base(self, expected_s: float, error: float, variance: float) -> None:
+        """A time was `error` off, as a logarithm, with `variance` expected."""
+        gain = self.base_variance(expected_s) / variance
+        self.base_s = min(max(self.base_s + gain * expected_s * error, 0.0), _BASE_LIMIT_S)
+        self._base_variance = self._base_variance * (1.0 - gain) + _BASE_DRIFT_S**2
 
 
 class Speed:
     """Seconds for prefill and decode on one replica."""
 
-    __slots__ = ("_line", "_log_decode", "decode_factor", "prior")
+    __slots__ = ("_decode", "_prefill", "_shared", "prior")
 
-    def __init__(self, prior: StepTime, base_s: float = 0.01) -> None:
+    def __init__(self, prior: StepTime, shared: Shared | None = None) -> None:
+        """`shared`: what is learned together with others; None for a replica alone. Replicas of equal priors are of one kind."""
         self.prior = prior
-        self._line = Line(base=base_s, factor=1.0)
-        self._log_decode = 0.0
-        self.decode_factor = 1.0
-        """Observed time per output token over the prior's."""
+        self._shared = shared or Shared()
+        self._prefill: Factor = self._shared.prefill.factor(prior)
+        self._decode: Factor = self._shared.decode.factor(prior)
 
     def __repr__(self) -> str:
         return f"<speed prefill x{self.prefill_factor:.2f} decode x{self.decode_factor:.2f} base {self.base_s * 1e3:.0f} ms>"
@@ -75,12 +68,17 @@ class Speed:
     @property
     def prefill_factor(self) -> float:
         """Observed prefill time over the prior's."""
-        return self._line.factor
+        return self._prefill.value
+
+    @property
+    def decode_factor(self) -> float:
+        """Observed time per output token over the prior's."""
+        return self._decode.value
 
     @property
     def base_s(self) -> float:
         """What every first token pays besides prefill."""
-        return self._line.base
+        return self._shared.base_s
 
     def work_s(self, uncached_tokens: int, cached_tokens: int, sequences: float = 0.0, kv_tokens: float = 0.0) -> float:
         """The prior's seconds to prefill, with the decodes that ride in the same steps."""
@@ -90,23 +88,43 @@ class Speed:
 
     def prefill_s(self, work_s: float) -> float:
         """Expected seconds for prefill that the prior puts at `work_s`, without `base_s`."""
-        return self._line.factor * work_s
+        return self.prefill_factor * work_s
+
+    def fill_s(self, tokens: int, cached_tokens: int) -> float:
+        """Expected seconds by which a step gets longer that takes in so many more tokens of a prefill."""
+        attention = self.prior.a * tokens * (cached_tokens + tokens / 2)
+        return self.prefill_factor * (self.prior.g * tokens + attention)
 
     def step_s(self, sequences: float, kv_tokens: float) -> float:
         """Expected seconds of one decode step: also the time per output token of each sequence in it."""
         return self.decode_factor * self.prior.decode_step_s(sequences, kv_tokens)
 
-    def learn_ttft(self, work_s: float, ttft_s: float) -> None:
-        """A first token came `ttft_s` after the replica was sent a request with `work_s` of prior prefill ahead of it."""
-        if work_s > 0 and ttft_s > 0:
-            self._line.learn(work_s, ttft_s)
+    def fade(self, elapsed_s: float) -> None:
+        """So many seconds passed; what sets this replica apart is believed a little less."""
+        self._prefill.fade(elapsed_s)
+        self._decode.fade(elapsed_s)
+
+    def learn_ttft(self, work_s: float, ttft_s: float, waited_s: float = 0.0, unseen_s: float = 0.0) -> None:
+        """A first token came `ttft_s` after the replica was sent a request with `work_s` of prior prefill ahead of it.
+
+        `waited_s` was predicted to be waiting, which is less sure than the work itself; `unseen_s` came on top of the work,
+        for requests of others.
+        """
+        if not (work_s > 0 and ttft_s > 0):
+            return
+        shared, prefill_s = self._shared, self.prefill_s(work_s)
+        expected_s = shared.base_s + prefill_s + unseen_s
+        slope = prefill_s / expected_s
+        error = max(min(math.log(ttft_s / expected_s), SURPRISE), -SURPRISE)
+        noise = _PREFILL_NOISE**2 + ((_MOMENT_S + _WAIT_NOISE * waited_s) / expected_s) ** 2
+        variance = slope * slope * self._prefill.variance + shared.base_variance(expected_s) + noise
+        self._prefill.learn(error, variance, slope)
+        shared.learn_base(expected_s, error, variance)
 
     def learn_step(self, sequences: float, kv_tokens: float, step_s: float) -> None:
         """A finished request saw `step_s` per output token, in about this company."""
-        expected = self.prior.decode_step_s(sequences, kv_tokens)
-        if step_s <= 0 or expected <= 0:
+        expected_s = self.step_s(sequences, kv_tokens)
+        if not (step_s > 0 and expected_s > 0):
             return
-        error = math.log(step_s / expected) - self._log_decode
-        self._log_decode += 0.1 * max(min(error, math.log(_SURPRISE)), -math.log(_SURPRISE))
-        self._log_decode = max(min(self._log_decode, math.log(_FACTOR[1])), math.log(_FACTOR[0]))
-        self.decode_factor = math.exp(self._log_decode)
+        error = max(min(math.log(step_s / expected_s), SURPRISE), -SURPRISE)
+        self._decode.learn(error, self._decode.variance + _DECODE_NOISE**2)

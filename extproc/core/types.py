@@ -240,16 +240,15 @@ class Prediction:
     decode_s: float
     """From the first token to the last."""
     delay_s: float
-    """What it adds to the requests already there, summed over them."""
+    """What it adds to the answers being generated there, summed over them."""
+    crowding_s: float
+    """What it adds to the waits of others for their first token: those who share its step, and those to come."""
+    cost_s: float
+    """Of the placement, for this request and the others, in seconds until a first token; `core/traffic.py` has the rates."""
 
     @property
     def ttft_s(self) -> float:
         return self.queue_s + self.prefill_s
-
-    @property
-    def total_s(self) -> float:
-        """The cost of the placement: the request's own latency and the delay it causes."""
-        return self.queue_s + self.prefill_s + self.decode_s + self.delay_s
 
 
 @record

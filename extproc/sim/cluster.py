@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from random import Random
 from typing import Final
 
 from extproc.config import EnvoyConfig
@@ -185,25 +186,34 @@ class Cluster:
         self._arrived += 1
         call = self._calls[number] = _Call(number, turn, self._timeline.now, router)
         hashes = turn.hashes()
-        verdict = self._sidecars[router].arrive(self._request(turn, hashes))
+        verdict = self._sidecars[router].arrive(self._request(number, turn, hashes))
         if isinstance(verdict, Reject):
             self._end(call, End.UNREACHABLE, 503)
             return
         call.decision = verdict.decision
         self._connect(call, hashes if self._ratio == 1 else turn.hashes(self._ratio))
 
-    def _request(self, turn: Turn, hashes: tuple[int, ...]) -> Request:
+    def _request(self, number: int, turn: Turn, hashes: tuple[int, ...]) -> Request:
         known = min(len(hashes), turn.prompt_tokens // self._trace.block_size)
+        ends, prompt_bytes = self._ends[:known], turn.prompt_tokens * BYTES_PER_TOKEN
+        if self._scenario.wiring.estimate_error:
+            factor = self._misjudged(number)
+            ends, prompt_bytes = tuple(round(end * factor) for end in ends), max(round(prompt_bytes * factor), 1)
         return Request(
             api=Api.CHAT,
             model=MODEL,
-            blocks=Blocks(hashes[:known], self._ends[:known]),
-            prompt_bytes=turn.prompt_tokens * BYTES_PER_TOKEN,
+            blocks=Blocks(hashes[:known], ends),
+            prompt_bytes=prompt_bytes,
             max_output_tokens=turn.output_tokens if self._scenario.oracle_lengths else None,
             stream=True,
             session=turn.session,
             tenant=turn.tenant,
         )
+
+    def _misjudged(self, number: int) -> float:
+        """By how much the prompt of a turn seems longer than it is; the same whatever the policy and the order of arrivals."""
+        rng = Random(f"{self._scenario.seed}/estimate/{number}")
+        return rng.lognormvariate(0.0, self._scenario.wiring.estimate_error)
 
     # --- the proxy ----------------------------------------------------------------------------------------------------
 

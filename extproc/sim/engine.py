@@ -11,7 +11,8 @@ Pure, and without any notion of the present: `start_step` says how long the step
 With asynchronous scheduling the prefill part of a step is decided when the step before it begins, before anyone knows
 what that one frees: a request that arrives during a step joins the second step after it.
 
-Rules and their order are those of vLLM 0.19; `make bench-sim` holds them against recorded runs of it.
+Rules and their order are those of vLLM 0.19; `make bench-sim` holds them against recorded runs of it, and
+`python -m tests.bench.sim_vllm` against running replicas of 0.32, step by step and block by block.
 
 A step costs the same however many sequences decode: they advance together, so a sequence that starts to decode is filed
 at once under the step that ends it and under the steps that need a new block for it. For the same reason steps in which
@@ -27,7 +28,7 @@ from enum import Enum, StrEnum
 from typing import NamedTuple, TypeAlias
 
 from extproc.core.steptime import StepTime
-from extproc.sim.blocks import BlockPool
+from extproc.sim.blocks import BlockPool, Key
 
 RequestId: TypeAlias = Hashable
 
@@ -104,7 +105,7 @@ class _State(Enum):
 class _Sequence:
     """A request under way."""
 
-    __slots__ = ("blocks", "cached", "computed", "emitted", "hashes", "offset", "registered", "request", "state")
+    __slots__ = ("blocks", "cached", "computed", "emitted", "hashes", "keys", "offset", "request", "state")
 
     def __init__(self, request: EngineRequest, hashes: Sequence[int]) -> None:
         self.request = request
@@ -116,8 +117,9 @@ class _Sequence:
         """Output tokens, kept up to date except while decoding."""
         self.offset = 0
         self.blocks = 0
-        """Blocks in use; the first `registered` are in the pool under their hash."""
-        self.registered = 0
+        """Blocks in use."""
+        self.keys: list[Key] = []
+        """Those of them, the first ones, that are in the pool under their hash."""
         self.cached: int | None = None
         """Prefix hit of the first admission, tokens; None before."""
 
@@ -295,11 +297,11 @@ class Engine:
     def check(self) -> None:
         """Raises AssertionError where the books do not balance; for tests and the end of a simulation."""
         running, steps = self._running.values(), self.counters.steps
-        private = sum(s.blocks - s.registered for s in running)
+        private = sum(s.blocks - len(s.keys) for s in running)
         assert self.pool.blank >= 0
         assert len(self.pool.held) + private + self.pool.free == self.pool.num_blocks
         assert all(users > 0 for users in self.pool.held.values())
-        assert sum(self.pool.held.values()) == sum(s.registered for s in running)
+        assert sum(self.pool.held.values()) == sum(len(s.keys) for s in running)
         assert self._decoding.kv_tokens == sum(steps + s.offset for s in self._decoding.sequences.values())
         assert len(self._sequences) == self.running + self.waiting
 
@@ -458,11 +460,12 @@ class Engine:
         # The last token is computed in any case: without it there is nothing to sample from.
         hits = self.pool.leading(seq.hashes, (seq.target - 1) // size)
         # Room for the first chunk alone would admit long prompts that then preempt each other over and over.
-        if not self.pool.can_take(seq.hashes, hits, -(-seq.target // size) - hits):
+        if not self.pool.can_take(hits, -(-seq.target // size) - len(hits)):
             return 0
-        self.pool.share(seq.hashes, hits)
-        seq.blocks = seq.registered = hits
-        seq.computed = hits * size
+        self.pool.share(hits)
+        seq.keys = hits
+        seq.blocks = len(hits)
+        seq.computed = len(hits) * size
         del self._waiting[seq.request.id]
         self._running[seq.request.id] = seq
         self._note_hit(seq)
@@ -543,11 +546,10 @@ class Engine:
         if self._partial is seq:
             self._partial = None
         del self._running[seq.request.id]
-        self.pool.release(seq.hashes, seq.registered, seq.blocks - seq.registered)
-        seq.blocks = seq.registered = 0
+        self.pool.release(seq.keys, seq.blocks - len(seq.keys))
+        seq.blocks, seq.keys = 0, []
 
     def _register(self, seq: _Sequence, computed: int) -> None:
-        full = min(computed // self.config.block_size, len(seq.hashes))
-        if full > seq.registered:
-            self.pool.register(seq.hashes, seq.registered, full)
-            seq.registered = full
+        full, known = min(computed // self.config.block_size, len(seq.hashes)), len(seq.keys)
+        if full > known:
+            seq.keys += self.pool.register(seq.hashes[known:full])

@@ -1,139 +1,141 @@
-"""A page with three kinds of curves for simulated runs: TTFT and end-to-end distributions, and the load of each replica.
+"""Curves of simulated runs, as one HTML file that fetches nothing (SVG in it) or as one PNG.
 
-One HTML file with SVG in it, and nothing that is fetched: it opens anywhere and can be mailed.
+For each load, side by side: the distributions of TTFT and of the time to the end by policy, and the requests on each replica
+over time under each policy. Last, goodput against the offered load. Needs matplotlib (the extra `plot`); nothing else imports this module
+before it is asked for.
 """
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from html import escape
-from typing import Final
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Final
 
-from extproc.core.types import End
-from extproc.sim.cluster import Result
-from extproc.sim.node import Node
+import matplotlib
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
-_WIDTH, _HEIGHT = 640, 260
-_LEFT, _BOTTOM, _TOP, _RIGHT = 56, 34, 12, 12
-_POINTS: Final = 300
-"""Of one curve: more cannot be seen."""
-_COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555", "#b0a000")
-"""Told apart by the colour-blind as well (Okabe and Ito)."""
+from extproc.sim.simulate_report import Curves, Load
 
-Curve = list[tuple[float, float]]
+SUFFIXES: Final = (".html", ".htm", ".png")
+_PANEL_INCHES: Final = (7.0, 3.0)
+_DPI: Final = 100
+_MAX_PIXELS: Final = 60_000
+"""Of either side of a PNG; Agg refuses more than 65,535."""
+_POINTS: Final = 150
+"""Of the load of a replica."""
+_SHOWN: Final = 16
+"""Lines that a legend names; more would hide them."""
+_STYLE: Final[dict[Any, Any]] = {
+    "axes.grid": True,
+    "axes.prop_cycle": cycler(linestyle=["-", "--"]) * cycler(color=matplotlib.color_sequences["petroff10"]),
+    # Petroff (2021): colours that the colour-blind can tell apart; the second ten lines are dashed.
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.size": 9,
+    "grid.color": "#e5e5e5",
+    "legend.frameon": False,
+    "lines.linewidth": 1.2,
+    "svg.fonttype": "none",  # text stays text: smaller, and it can be searched and copied
+    "svg.hashsalt": "extproc",  # ids of SVG elements would be random otherwise
+    "text.parse_math": False,  # a `$` in the name of a policy is one
+}
 
-
-def page(title: str, results: Mapping[str, Result]) -> str:
-    """The whole document."""
-    ttft = {name: [s.ttft_s for s in r.served if s.end is End.OK and s.ttft_s] for name, r in results.items()}
-    e2e = {name: [s.e2e_s for s in r.served if s.end is End.OK and s.e2e_s] for name, r in results.items()}
-    parts = [
-        _section("Time to first token, seconds: share of requests that had it by then", _distributions(ttft)),
-        _section("End to end, seconds: share of requests answered by then", _distributions(e2e)),
-        *(
-            _section(f"Requests on each replica over time, seconds: {name}", _loads(result.nodes))
-            for name, result in results.items()
-        ),
-    ]
-    style = "body{font:14px system-ui;margin:2em;max-width:60em}h2{font-size:1em}svg text{font:11px system-ui}"
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
-        f"<style>{style}</style><h1>{escape(title)}</h1>{''.join(parts)}</html>\n"
-    )
-
-
-def _section(heading: str, body: str) -> str:
-    return f"<h2>{escape(heading)}</h2>{body}"
-
-
-def _distributions(values: Mapping[str, list[float]]) -> str:
-    curves = {name: _cumulative(v) for name, v in values.items() if v}
-    return _chart(curves, log_x=True)
+Panel = Callable[[Axes], None]
+"""Draws one chart."""
 
 
-def _loads(nodes: Sequence[Node]) -> str:
-    curves = {
-        node.address.partition(":")[0]: _thinned([(at, float(r + w)) for at, r, w in node.loads]) for node in nodes
-    }
-    return _chart({name: curve for name, curve in curves.items() if curve}, log_x=False)
+def write(path: Path, title: str, loads: Sequence[Load]) -> None:
+    """All charts into one file; its suffix, one of `SUFFIXES`, tells the format. The same runs write the same bytes.
+
+    Raises OSError.
+    """
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # a user's own matplotlibrc would change the bytes
+        matplotlib.rcParams.update(_STYLE)
+        figure = _figure(title, loads)
+        path.write_bytes(_png(figure) if path.suffix == ".png" else _html(title, figure))
 
 
-def _cumulative(values: list[float]) -> Curve:
-    ordered = sorted(values)
-    n = len(ordered)
-    return _thinned([(value, (i + 1) / n) for i, value in enumerate(ordered)])
+def _figure(title: str, loads: Sequence[Load]) -> Figure:
+    """A column for each load; goodput, which is about all of them, below."""
+    columns = [list(_panels(load)) for load in loads]
+    rows = len(columns[0]) + 1
+    width, height = _PANEL_INCHES
+    figure = Figure(figsize=(len(loads) * width, rows * height), layout="constrained")
+    figure.suptitle(title)
+    for row, panels in enumerate(zip(*columns, strict=True)):
+        for column, draw in enumerate(panels, 1):
+            _draw(figure.add_subplot(rows, len(loads), row * len(loads) + column), draw)
+    _draw(figure.add_subplot(rows, len(loads), (rows - 1) * len(loads) + 1), partial(_goodput, loads))
+    return figure
 
 
-def _thinned(curve: Curve) -> Curve:
-    """At most so many points, the last among them; where points are left out, the mean of what they show would lie."""
-    step = max(1, math.ceil(len(curve) / _POINTS))
-    kept = curve[::step]
-    return kept if not curve or kept[-1] == curve[-1] else [*kept, curve[-1]]
+def _draw(axes: Axes, panel: Panel) -> None:
+    panel(axes)
+    if len(axes.lines) <= _SHOWN:
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
-@dataclass(frozen=True, slots=True)
-class _Axes:
-    """Values to places on the drawing."""
-
-    low: float
-    high: float
-    top: float
-    log_x: bool
-
-    def x(self, value: float) -> float:
-        low, high = self._on_scale(self.low), self._on_scale(self.high)
-        share = (self._on_scale(max(value, self.low)) - low) / ((high - low) or 1.0)
-        return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
-
-    def y(self, value: float) -> float:
-        return _HEIGHT - _BOTTOM - value / (self.top or 1.0) * (_HEIGHT - _BOTTOM - _TOP)
-
-    def _on_scale(self, value: float) -> float:
-        return math.log10(value) if self.log_x else value
-
-    def ticks(self) -> list[float]:
-        """Round values along the x axis."""
-        if self.log_x:
-            powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            return [10.0**p for p in powers if self.low <= 10.0**p <= self.high]
-        step = 10.0 ** math.floor(math.log10(max(self.high, 1.0)))
-        step = step if self.high / step >= 4 else step / 4
-        return [i * step for i in range(int(self.high / step) + 1)]
+def _panels(load: Load) -> Iterator[Panel]:
+    at = f", speed-up {load.speed_up:g}"
+    yield partial(_distribution, f"Time to first token{at}", {name: c.ttft_s for name, c in load.curves.items()})
+    yield partial(_distribution, f"End to end{at}", {name: c.e2e_s for name, c in load.curves.items()})
+    for policy, curves in load.curves.items():
+        yield partial(_replicas, f"Load of each replica: {policy}{at}", curves)
 
 
-def _chart(curves: Mapping[str, Curve], log_x: bool) -> str:
-    points = [p for curve in curves.values() for p in curve]
-    if not points:
-        return "<p>nothing to show</p>"
-    xs = [x for x, _ in points if x > 0 or not log_x]
-    axes = _Axes(min(xs), max(xs), max(y for _, y in points), log_x)
-    lines = "".join(_line(axes, curve, _COLOURS[i % len(_COLOURS)]) for i, curve in enumerate(curves.values()))
-    view = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" height="{_HEIGHT}" role="img">'
-    return f"{view}{_frame(axes)}{lines}</svg><p>{_legend(curves)}</p>"
+def _distribution(title: str, values: Mapping[str, Sequence[float]], axes: Axes) -> None:
+    """Cumulative, over seconds on a log scale."""
+    axes.set(title=title, xscale="log", xlabel="seconds", ylabel="share of whole answers by then")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    for policy, each in values.items():
+        axes.plot(sorted(each), [(i + 1) / len(each) for i in range(len(each))], label=policy)
 
 
-def _frame(axes: _Axes) -> str:
-    left, right, bottom = _LEFT, _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
-    parts = [f'<path d="M{left} {_TOP}V{bottom}H{right}" fill="none" stroke="#888"/>']
-    for tick in axes.ticks():
-        x = axes.x(tick)
-        parts.append(f'<path d="M{x:.1f} {_TOP}V{bottom}" stroke="#eee"/>')
-        parts.append(f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{tick:g}</text>')
-    for share in (0.0, 0.5, 1.0):
-        value = share * axes.top
-        parts.append(f'<text x="{left - 6}" y="{axes.y(value) + 4:.1f}" text-anchor="end">{value:g}</text>')
-    return "".join(parts)
+def _replicas(title: str, curves: Curves, axes: Axes) -> None:
+    axes.set(title=title, xlabel="virtual time, seconds", ylabel="requests, running and waiting")
+    for address, points in curves.requests.items():
+        at_s, requests = _smooth(points)
+        axes.plot(at_s, requests, label=address.partition(":")[0])
 
 
-def _line(axes: _Axes, curve: Curve, colour: str) -> str:
-    path = " ".join(f"{axes.x(x):.1f},{axes.y(y):.1f}" for x, y in curve)
-    return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
+def _goodput(loads: Sequence[Load], axes: Axes) -> None:
+    """A line per policy with a point per load."""
+    axes.set(title="Goodput against offered load", xlabel="offered, requests/s", ylabel="within the SLO, requests/s")
+    for policy in loads[0].curves:
+        runs = [load.runs[policy] for load in loads]
+        points = sorted((r["offered_requests_per_s"] or 0.0, r["goodput_requests_per_s"] or 0.0) for r in runs)
+        axes.plot([x for x, _ in points], [y for _, y in points], marker="o", label=policy)
+    axes.set(xlim=(0, None), ylim=(0, None))
 
 
-def _legend(names: Iterable[str]) -> str:
-    return " ".join(
-        f'<span style="color:{_COLOURS[i % len(_COLOURS)]}">&#9632; {escape(name)}</span>'
-        for i, name in enumerate(names)
-    )
+def _smooth(points: Sequence[tuple[float, int]]) -> tuple[list[float], list[float]]:
+    """Times and means over stretches of equal length: a line through every point of an hour would fill the panel."""
+    size = math.ceil(len(points) / _POINTS)
+    stretches = [points[i : i + size] for i in range(0, len(points), size or 1)]
+    return [s[0][0] for s in stretches], [fmean(n for _, n in s) for s in stretches]
+
+
+def _png(figure: Figure) -> bytes:
+    out = io.BytesIO()
+    dpi = min(_DPI, _MAX_PIXELS / max(figure.get_size_inches()))
+    figure.savefig(out, format="png", dpi=dpi, metadata={"Software": None})
+    return out.getvalue()
+
+
+def _html(title: str, figure: Figure) -> bytes:
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    _, tag, rest = out.getvalue().partition("<svg")  # what comes before is for a file of its own
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
+    return f"{head}{tag}{rest}</html>\n".encode()

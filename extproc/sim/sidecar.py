@@ -15,7 +15,6 @@ from typing import Final
 from extproc.config import EnvoyConfig, Requests, Scrape
 from extproc.core.observers import Ended, Quiet
 from extproc.core.router import PoolSettings, Router
-from extproc.core.speed import Speed
 from extproc.core.types import (
     Add,
     Decision,
@@ -59,6 +58,9 @@ class Wiring:
     flight_ttl_s: float = Requests().flight_ttl_s
     prior_error: float = 1.0
     """The router begins with step times wrong by this factor."""
+    estimate_error: float = 0.0
+    """Each prompt seems longer or shorter to the router by a log-normal factor with this sigma and median 1: what its token
+    estimates are off by. Shares of the prompt, such as a prefix hit, stay right."""
 
 
 @dataclass(slots=True)
@@ -162,7 +164,7 @@ class Sidecar:
         member = self.router.pools[POOL].fleet.get(address)
         error = self.wiring.prior_error
         if member is not None and error != 1.0:
-            member.speed = Speed(member.speed.prior.scaled(error, error))
+            member.speed.prior = member.speed.prior.scaled(error, error)
 
     # --- recurring ----------------------------------------------------------------------------------------------------
 

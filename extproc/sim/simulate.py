@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from io import StringIO
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Final, TextIO
 
 from rich.console import Console
@@ -16,11 +18,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from extproc.config import ConfigError
 from extproc.core.policies import PolicyError, create
-from extproc.sim import fleet_spec, plot, simulate_report
+from extproc.sim import fleet_spec, simulate_report
 from extproc.sim.cluster import Cluster, Result, Scenario
 from extproc.sim.incidents import IncidentError, checked, incident
 from extproc.sim.sidecar import Wiring
-from extproc.sim.simulate_report import Slo
+from extproc.sim.simulate_report import Load, Slo
 from extproc.sim.traces import Generate, Starts, Trace, TraceError, generate, load
 
 DEFAULT_POLICIES: Final = ("predicted", "least_request", "round_robin")
@@ -39,7 +41,8 @@ class Order:
     generate: str | None = None
     starts: Starts = field(default_factory=Starts)
     limit: int | None = None
-    speed_up: float = 1.0
+    speed_ups: tuple[float, ...] = (1.0,)
+    """Every policy runs at each of them."""
     replicas: tuple[str, ...] = ()
     fleet: Path | None = None
     model_size: str | None = None
@@ -74,9 +77,12 @@ class _Chosen:
 
 def from_options(**given: Any) -> None:
     """From the options of `extproc simulate`, by their names there. Raises SimulateError."""
-    for name in ("speed_up", "sessions_per_s", "scrape_interval", "prior_error"):
+    speed_ups = tuple(_factor(part) for text in given["speed_up"] for part in text.split(","))
+    for name in ("sessions_per_s", "scrape_interval", "prior_error"):
         if not given[name] > 0:
             raise SimulateError(f"--{name.replace('_', '-')} must be above 0, not {given[name]:g}")
+    if not 0 <= given["estimate_error"] <= 3:
+        raise SimulateError(f"--estimate-error must be from 0 to 3, not {given['estimate_error']:g}")
     wiring = Wiring(
         scrape_interval_s=given["scrape_interval"],
         scrape_age_s=given["scrape_age"],
@@ -84,11 +90,13 @@ def from_options(**given: Any) -> None:
         completion_delay_s=given["completion_delay"],
         progress_interval_s=given["progress_interval"] or None,
         prior_error=given["prior_error"],
+        estimate_error=given["estimate_error"],
     )
-    alike = ("trace", "format", "generate", "limit", "speed_up", "fleet", "model_size", "block_size", "routers")
+    alike = ("trace", "format", "generate", "limit", "fleet", "model_size", "block_size", "routers")
     files = ("oracle_lengths", "seed", "json", "log", "plot")
     order = Order(
         **{name: given[name] for name in (*alike, *files)},
+        speed_ups=speed_ups,
         starts=Starts(given["sessions_per_s"], given["sessions"], given["max_pause"], given["seed"]),
         replicas=given["replica"],
         cpu_overhead_s=given["cpu_overhead"],
@@ -110,16 +118,15 @@ def simulate(order: Order, console: Console) -> dict[str, Any]:
     except (TraceError, ConfigError, IncidentError, PolicyError) as e:
         raise SimulateError(str(e)) from None
     _check_files(order)
-    results, summaries = {}, {}
-    with _log(order.log) as log, _progress(console) as progress:
-        for policy in policies:
-            result, wall_s = _run(scenario, policy, progress)
-            results[policy.text] = result
-            summaries[policy.text] = _timed(simulate_report.summary(result, order.slo), wall_s)
-            for served in result.served if order.log else ():
-                log.write(f'{{"policy":{json.dumps(policy.text)},{simulate_report.line(served)[1:]}')
-    console.print(simulate_report.table(summaries, _title(scenario)))
-    return _written(order, scenario, results, summaries)
+    loads = []
+    with _log(order.log) as log:
+        for speed_up in order.speed_ups:
+            faster = replace(scenario, trace=scenario.trace.faster(speed_up))
+            load = _load(order, faster, policies, speed_up, log, console)
+            at = f", speed-up {speed_up:g}" if len(order.speed_ups) > 1 else ""
+            console.print(simulate_report.table(load.runs, f"{_title(scenario)}{at}"))
+            loads.append(load)
+    return _written(order, scenario, loads)
 
 
 def _scenario(order: Order) -> Scenario:
@@ -152,7 +159,7 @@ def _trace(order: Order) -> Trace:
         trace = trace.limited(order.limit)
     if not trace.turns:
         raise SimulateError("the trace has no requests")
-    return trace.faster(order.speed_up)
+    return trace
 
 
 def _groups(order: Order) -> tuple[Sequence[fleet_spec.Group], str]:
@@ -160,6 +167,23 @@ def _groups(order: Order) -> tuple[Sequence[fleet_spec.Group], str]:
     groups, size = fleet_spec.load_fleet(order.fleet) if order.fleet else ((), None)
     groups += tuple(map(fleet_spec.Group.from_text, order.replicas))
     return groups or (fleet_spec.Group(count=8),), order.model_size or size or "8b"
+
+
+def _load(
+    order: Order, scenario: Scenario, policies: Sequence[_Chosen], speed_up: float, log: TextIO, console: Console
+) -> Load:
+    """Every policy, on a trace whose arrivals were sped up already."""
+    runs, curves = {}, {}
+    with _progress(console) as progress:
+        for policy in policies:
+            result, wall_s = _run(scenario, policy, progress)
+            runs[policy.text] = _timed(simulate_report.summary(result, order.slo), wall_s)
+            curves[policy.text] = simulate_report.curves(result)
+            for served in result.served if order.log else ():
+                log.write(
+                    f'{{"speed_up":{speed_up:g},"policy":{json.dumps(policy.text)},{simulate_report.line(served)[1:]}'
+                )
+    return Load(speed_up, runs, curves)
 
 
 def _run(scenario: Scenario, policy: _Chosen, progress: Progress) -> tuple[Result, float]:
@@ -192,8 +216,8 @@ def _title(scenario: Scenario) -> str:
 
 def _check_files(order: Order) -> None:
     """Before the runs, not after them."""
-    if order.plot is not None and order.plot.suffix not in (".html", ".htm"):
-        raise SimulateError(f"--plot {order.plot}: only HTML (with SVG inside) is written; name it .html")
+    if order.plot is not None and order.plot.suffix not in (suffixes := _plot().SUFFIXES):
+        raise SimulateError(f"--plot {order.plot}: HTML or PNG is written; end the name with {' or '.join(suffixes)}")
     for path in (order.json, order.log, order.plot):
         if path is not None and not path.parent.is_dir():
             raise SimulateError(f"{path}: {path.parent} is no directory; make it first")
@@ -204,18 +228,42 @@ def _log(path: Path | None) -> TextIO:
     return path.open("w") if path else StringIO()
 
 
-def _written(
-    order: Order, scenario: Scenario, results: Mapping[str, Result], summaries: Mapping[str, Any]
-) -> dict[str, Any]:
-    document = {"trace": scenario.trace.name, "requests": len(scenario.trace.turns), "runs": dict(summaries)}
+def _plot() -> ModuleType:
+    """Imported late: matplotlib takes a third of a second, and is there only for those who draw."""
+    try:
+        from extproc.sim import plot
+    except ModuleNotFoundError as e:
+        if e.name != "matplotlib":
+            raise
+        raise SimulateError("--plot needs matplotlib; pip install 'extproc[plot]'") from None
+    return plot
+
+
+def _written(order: Order, scenario: Scenario, loads: Sequence[Load]) -> dict[str, Any]:
+    document = {
+        "trace": scenario.trace.name,
+        "requests": len(scenario.trace.turns),
+        "loads": [{"speed_up": load.speed_up, "runs": dict(load.runs)} for load in loads],
+    }
     try:
         if order.json:
             order.json.write_text(json.dumps(document, indent=1) + "\n")
         if order.plot:
-            order.plot.write_text(plot.page(_title(scenario), results))
+            _plot().write(order.plot, _title(scenario), loads)
     except OSError as e:
         raise SimulateError(f"{e.filename}: {e.strerror}") from None
     return document
+
+
+def _factor(text: str) -> float:
+    """One of `--speed-up`. Raises SimulateError."""
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = math.nan
+    if not 0 < factor < math.inf:
+        raise SimulateError(f"--speed-up {text}: each must be a number above 0")
+    return factor
 
 
 def _value(text: str) -> float | int | str | bool:

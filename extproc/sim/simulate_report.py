@@ -36,6 +36,26 @@ class Slo:
         return served.end is End.OK and in_time
 
 
+@dataclass(frozen=True, slots=True)
+class Curves:
+    """What a plot shows of one run. Times are seconds, those of whole answers only."""
+
+    ttft_s: tuple[float, ...]
+    e2e_s: tuple[float, ...]
+    requests: Mapping[str, tuple[tuple[float, int], ...]]
+    """Replica -> (time, requests that run or wait there)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """All runs at one speed of arrivals, by policy."""
+
+    speed_up: float
+    runs: Mapping[str, dict[str, Any]]
+    """Summaries."""
+    curves: Mapping[str, Curves]
+
+
 def tpot_s(served: Served) -> float | None:
     """Mean time per output token after the first; None where there was but one."""
     if served.ttft_s is None or served.output_tokens < 2:
@@ -47,6 +67,8 @@ def summary(result: Result, slo: Slo) -> dict[str, Any]:
     """One run. Latencies are those of whole answers; what failed is counted beside them, and never good."""
     served = result.served
     good = [s for s in served if s.end is End.OK]
+    in_time = sum(slo.met(s) for s in served)
+    last_arrival_s = max((s.arrived_s for s in served), default=0.0)
     return {
         "requests": len(served),
         "failed": len(served) - len(good),
@@ -58,12 +80,24 @@ def summary(result: Result, slo: Slo) -> dict[str, Any]:
         "queue_mean_s": _mean(s.queue_s for s in good if s.queue_s is not None),
         **_prefix(good),
         **_prediction(good),
-        "goodput_share": _ratio(sum(slo.met(s) for s in served), len(served)),
+        "offered_requests_per_s": _ratio(len(served), last_arrival_s),
+        "goodput_requests_per_s": _ratio(in_time, last_arrival_s),
+        "goodput_share": _ratio(in_time, len(served)),
         "makespan_s": result.lasted_s,
         "output_tokens": sum(s.output_tokens for s in good),
         "replicas": {node.address: _replica(node, served, result.lasted_s) for node in result.nodes},
         "digest": digest(served),
     }
+
+
+def curves(result: Result) -> Curves:
+    """Of one run; the rest of the result, its routers above all, need not be kept for them."""
+    good = [s for s in result.served if s.end is End.OK]
+    return Curves(
+        ttft_s=tuple(s.ttft_s for s in good if s.ttft_s is not None),
+        e2e_s=tuple(s.e2e_s for s in good),
+        requests={n.address: tuple((at, running + waiting) for at, running, waiting in n.loads) for n in result.nodes},
+    )
 
 
 def digest(served: Iterable[Served]) -> str:
@@ -149,6 +183,10 @@ def _seconds(value: float | None) -> str:
     return "-" if value is None else f"{value:,.1f}"
 
 
+def _rate(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.2f}"
+
+
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
@@ -167,6 +205,8 @@ _ROWS: Final[tuple[tuple[str, str, Callable[[float | None], str]], ...]] = (
     ("prefix hit, actual", "prefix_hit_actual", _percent),
     ("prefix hit, predicted", "prefix_hit_predicted", _percent),
     ("TTFT off by, mean, ms", "ttft_error_mean_s", _ms),
+    ("offered, requests/s", "offered_requests_per_s", _rate),
+    ("goodput, requests/s", "goodput_requests_per_s", _rate),
     ("goodput", "goodput_share", _percent),
     ("makespan, s", "makespan_s", _seconds),
     ("requests", "requests", _count),

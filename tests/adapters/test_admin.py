@@ -70,7 +70,7 @@ async def test_explain_gives_the_decision_that_the_request_would_get(port: Port)
     record = await answer.json()
     assert answer.status == 200
     assert {c["replica"] for c in record["candidates"]} == {"10.0.0.1:1", "10.0.0.2:1"}
-    assert record["candidates"][0]["terms"].keys() >= {"queue_s", "prefill_s", "decode_s", "delay_s"}
+    assert record["candidates"][0]["terms"].keys() >= {"queue_s", "prefill_s", "decode_s", "delay_s", "crowding_s"}
     assert port.router.in_flight == 0
     assert port.recorder.last(5) == []
 

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import math
+
+import pytest
+
 from extproc.core.fleet import SUSPECT_S, Fleet, Member, Readiness
 from extproc.core.types import Add, Remove, Replica, Reset, Sample, ScrapeFailure
 
@@ -154,10 +158,13 @@ def test_strangers_are_what_the_engine_has_beyond_our_own() -> None:
     one.load.open(flight("a"), 0.0)
     one.sampled(Sample(running=4, waiting=2), 0.0)
     assert one.strangers == 5
-    one.sampled(Sample(running=0, waiting=0), 1.0)
-    assert one.strangers == 0  # ours is on its way there
     one.sampled(Sample(running=4), 2.0)
-    assert one.strangers == 0  # unknown: the last known stays
+    assert one.strangers == 5  # unknown: the last known stays
+    one.sampled(Sample(running=0, waiting=0), 7.0)
+    # Ours is on its way there, and theirs were there just now.
+    assert one.strangers == pytest.approx(5 * math.exp(-0.5))
+    one.sampled(Sample(running=0, waiting=0), 107.0)
+    assert one.strangers < 0.001
 
 
 def test_the_queue_is_the_sample_with_what_was_sent_and_ended_since() -> None:

@@ -302,3 +302,38 @@ def test_reprs_are_status_lines() -> None:
     assert repr(one) == "<flight a prefilling on 10.0.0.1:8000, 7 prompt tokens>"
     load.first_token(one, 0.5)
     assert repr(one) == "<flight a decoding on 10.0.0.1:8000, 7 prompt tokens>"
+
+
+# --- steps that several share -----------------------------------------------------------------------------------------
+
+
+def sharing(*queued: tuple[int, float], now: float = 0.0, budget: int = 8192) -> tuple[int, int]:
+    """Flights of (uncached tokens, seconds of prefill), all arrived at 0 in that order."""
+    load = Load()
+    for n, (tokens, prefill_s) in enumerate(queued):
+        load.open(flight(f"f{n}", prompt_tokens=tokens, prefill_s=prefill_s), 0.0)
+    return load.sharing_step(now, budget)
+
+
+def test_what_has_begun_takes_nobody_in() -> None:
+    assert sharing() == (0, 0)
+    assert sharing((1000, 0.1)) == (0, 0)
+
+
+def test_short_prompts_behind_it_share_a_step() -> None:
+    assert sharing((8000, 0.3), (1000, 0.1), (2000, 0.1)) == (2, 3000)
+
+
+def test_a_full_step_takes_nobody_in() -> None:
+    assert sharing((8000, 0.3), (5000, 0.2), (5000, 0.2)) == (1, 5000)
+    assert sharing((8000, 0.3), (8192, 0.3)) == (1, 8192)
+
+
+def test_of_a_long_prompt_only_the_last_chunk_has_room() -> None:
+    assert sharing((8000, 0.3), (500, 0.1), (8192 + 700, 0.4)) == (1, 700)
+
+
+def test_as_time_goes_on_the_queue_begins() -> None:
+    queued = ((8000, 0.3), (1000, 0.1), (2000, 0.1))
+    assert sharing(*queued, now=0.35) == (1, 2000)
+    assert sharing(*queued, now=0.45) == (0, 0)

@@ -4,6 +4,7 @@ import pytest
 
 from extproc.core.fleet import Member
 from extproc.core.prediction import Ask, capacity_wait_s, company, cost_s, predict
+from extproc.core.traffic import Prices
 from extproc.core.types import Blocks, Request, Sample
 
 from .support import A100, H100, address, fill, members_of, put, replicas
@@ -14,8 +15,11 @@ def one(labels: dict[str, str] = H100) -> Member:
     return made
 
 
-def ask(prompt: int = 1000, output: float = 100.0, hit: float = 0.0, **fields: int) -> Ask:
-    return Ask(Request(**fields), prompt, output, {address(0): hit} if hit else {})  # type: ignore[arg-type]
+def ask(
+    prompt: int = 1000, output: float = 100.0, hit: float = 0.0, prices: Prices | None = None, **fields: int
+) -> Ask:
+    hits = {address(0): hit} if hit else {}
+    return Ask(Request(**fields), prompt, output, hits, prices or Prices())  # type: ignore[arg-type]
 
 
 def test_an_idle_replica_costs_the_own_prefill_and_decode_alone() -> None:
@@ -24,14 +28,53 @@ def test_an_idle_replica_costs_the_own_prefill_and_decode_alone() -> None:
     assert p.queue_s == replica.speed.base_s
     assert p.prefill_s == pytest.approx(replica.speed.prior.prefill_s(1000))
     assert p.decode_s == pytest.approx(99 * replica.speed.prior.decode_step_s(1, 1000))
-    assert (p.delay_s, p.cached_tokens) == (0.0, 0)
-    assert p.total_s == pytest.approx(p.ttft_s + p.decode_s)
+    assert (p.delay_s, p.crowding_s, p.cached_tokens) == (0.0, 0.0, 0)
+    assert p.cost_s == pytest.approx(p.ttft_s + 0.1 * p.decode_s)
 
 
-def test_the_cost_is_the_total_of_the_prediction() -> None:
+def test_the_cost_is_that_of_the_prediction() -> None:
     replica = one()
     fill(replica, 3)
-    assert cost_s(ask(), replica, 0.5) == predict(ask(), replica, 0.5).total_s
+    assert cost_s(ask(), replica, 0.5) == predict(ask(), replica, 0.5).cost_s
+
+
+def test_decode_counts_at_its_price_for_this_request_and_for_the_others() -> None:
+    costs = []
+    for price in (0.0, 0.5):
+        replica = one()
+        for flight in fill(replica, 10, prefill_s=0.0):
+            replica.load.first_token(flight, 0.0)
+        p = predict(ask(prices=Prices(decode=price)), replica, 0.0)
+        costs.append(p.cost_s)
+        assert p.delay_s > 0.0
+        assert p.cost_s == pytest.approx(p.ttft_s + p.crowding_s + price * (p.decode_s + p.delay_s))
+    assert costs[0] < costs[1]
+
+
+def test_each_second_of_prefill_delays_those_to_come() -> None:
+    p = predict(ask(8000, prices=Prices(later=1.5)), one(), 0.0)
+    assert p.crowding_s == pytest.approx(1.5 * p.prefill_s)
+
+
+def test_a_prompt_behind_short_ones_fills_up_their_step_and_they_wait_for_it() -> None:
+    replica = one()
+    fill(replica, 1, prompt_tokens=8000, prefill_s=0.3)  # under way
+    behind_one = predict(ask(6000), replica, 0.1).crowding_s
+    for name in "abc":
+        put(replica, name, now=0.1, prompt_tokens=1000, prefill_s=0.03)
+    p = predict(ask(6000), replica, 0.1)
+    assert behind_one == 0.0
+    assert p.crowding_s == pytest.approx(3 * replica.speed.fill_s(8192 - 3000, 0))
+    assert predict(ask(100), replica, 0.1).crowding_s == pytest.approx(3 * replica.speed.fill_s(100, 0))
+
+
+def test_requests_of_others_stand_for_prefill_that_nobody_tells_of_here_and_there() -> None:
+    replica = one()
+    replica.sampled(Sample(running=8, waiting=0), 0.0)
+    seen = predict(ask(), replica, 0.0)
+    unseen = predict(ask(prices=Prices(unseen_s=0.02, unseen_rate=0.5)), replica, 0.0)
+    assert unseen.queue_s == pytest.approx(seen.queue_s + 8 * 0.02)
+    assert unseen.crowding_s == pytest.approx(8 * 0.5 * 0.5 * seen.prefill_s**2)
 
 
 def test_queued_prefill_counts_in_full() -> None:
@@ -96,6 +139,15 @@ def test_strangers_of_a_stale_sample_do_not_count() -> None:
     replica = one()
     replica.sampled(Sample(running=8, waiting=0), 0.0)
     assert company(replica, 10.1) == (0.0, 0.0)
+
+
+def test_one_sample_among_many_moves_the_count_of_strangers_a_little() -> None:
+    """All routers read the same sample: if each went where it shows few, all would go there."""
+    replica = one()
+    for n in range(100):
+        replica.sampled(Sample(running=8, waiting=0), float(n))
+    replica.sampled(Sample(running=0, waiting=0), 100.0)
+    assert 7.0 < company(replica, 100.0)[0] < 7.5
 
 
 def test_a_queue_for_places_waits_for_them_to_become_free() -> None:

@@ -90,7 +90,7 @@ def test_the_record_says_what_was_expected() -> None:
         "predicted",
     )
     assert (decision.prompt_tokens, decision.output_tokens) == (1000, 30.0)
-    assert decision.candidates[0].score == pytest.approx(decision.prediction.total_s)
+    assert decision.candidates[0].score == pytest.approx(decision.prediction.cost_s)
 
 
 def test_token_ids_count_exactly() -> None:

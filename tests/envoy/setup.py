@@ -33,7 +33,7 @@ STRICT = {
 
 def route(*ports: int, pool: str = "a", flight: str = "f1") -> Route:
     endpoints = tuple(f"127.0.0.1:{p}" for p in ports)
-    nothing = Prediction(0, 0.0, 0.0, 0.0, 0.0)
+    nothing = Prediction(0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     decision = Decision(0.0, flight, pool, None, Api.CHAT, "fixed", "fixed", endpoints, 0, 0.0, nothing, ())
     return Route(flight, endpoints, decision)
 

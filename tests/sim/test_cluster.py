@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from math import log
+from statistics import pstdev
+
 import pytest
 
 from extproc.config import ConfigError
@@ -147,6 +150,34 @@ def test_a_wrong_prior_is_learned_away() -> None:
     for _, member in result.sidecars[0].router.members():
         assert member.speed.decode_factor == pytest.approx(0.25, rel=0.35)  # the engine's CPU time lies on top
         assert member.speed.prefill_factor < 0.6
+
+
+def test_misjudged_prompts_seem_longer_or_shorter_by_their_own_factor_and_hits_stay_shares() -> None:
+    blocks = tuple(((1, 30), (100 + i, 1)) for i in range(200))
+    trace = Trace("shared", 64, tuple(Turn(2000, 20, i * 1.0, runs=runs) for i, runs in enumerate(blocks)))
+    exact, wrong, again, other = (
+        run(trace, wiring=Wiring(estimate_error=error), seed=seed)
+        for error, seed in ((0.0, 1), (0.3, 1), (0.3, 1), (0.3, 2))
+    )
+    assert digest(wrong.served) == digest(again.served)
+    assert digest(other.served) != digest(wrong.served)
+    factors = [w.predicted_cached_tokens / 1920 for w in by_turn(wrong)[20:] if w.predicted_cached_tokens]
+    assert len(factors) > 150
+    assert pstdev(map(log, factors)) == pytest.approx(0.3, abs=0.06)
+    assert {s.predicted_cached_tokens for s in by_turn(exact)[20:]} <= {0, 1920}
+    assert [s.cached_tokens for s in by_turn(wrong)[20:]] == [1920] * 180
+
+
+def test_a_prompt_is_misjudged_alike_whatever_the_policy() -> None:
+    wiring = Wiring(estimate_error=0.3)
+    clusters = [Cluster(Scenario(TRACE, fleet(), wiring=wiring), policy) for policy in ("predicted", "random")]
+    turn = TRACE.turns[7]
+    one, two = (cluster._request(7, turn, turn.hashes()) for cluster in clusters)
+    assert one == two
+    assert one.prompt_bytes != 4 * turn.prompt_tokens
+    assert one.prompt_bytes is not None
+    scale = one.prompt_bytes / (4 * turn.prompt_tokens)
+    assert one.blocks.ends == tuple(round(256 * (i + 1) * scale) for i in range(len(one.blocks)))
 
 
 def test_without_progress_and_with_it_every_flight_still_ends() -> None:

@@ -141,6 +141,20 @@ def test_the_same_prompt_again_hits_all_but_the_last_token() -> None:
     assert done.engine.counters.prefix_hits == 8
 
 
+def test_the_block_that_is_computed_again_takes_the_place_of_another() -> None:
+    a, b = chain(1, 2), chain(3, 4, 5)
+    done = run(config(num_blocks=5), request(1, 12, 1, b), request(2, 8, 1, a))
+    done.engine.add(
+        request(3, 8, 1, a)
+    )  # hits the first block of a; the second is computed again, in place of the end of b
+    done.drain()
+    done.engine.add(request(4, 4, 1, chain(9)))  # both second blocks of a stay, so this takes another of b
+    done.drain()
+    done.engine.add(request(5, 13, 1, b))
+    done.drain()
+    assert [done.cached(i) for i in (3, 5)] == [4, 4]
+
+
 def test_a_hit_ends_at_the_first_block_that_differs() -> None:
     done = run(config(), request(1, 17, 1, chain(1, 2, 3, 4)), request(2, 17, 1, chain(1, 2, 9, 4)))
     assert done.cached(2) == 8

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from click.testing import CliRunner, Result
 from extproc.cli import main
 from extproc.core.types import End
 from extproc.sim.cluster import Served
-from extproc.sim.plot import _thinned
 from extproc.sim.simulate_report import Slo, tpot_s
 
 SMALL = ("--generate", "sessions=20", "--replica", "count=2")
@@ -43,6 +43,13 @@ def document(*arguments: object, path: Path) -> dict[str, Any]:
     return loaded
 
 
+def runs_of(*arguments: object, path: Path) -> dict[str, Any]:
+    """Summaries by policy of a command with one load."""
+    (load,) = document(*arguments, path=path)["loads"]
+    runs: dict[str, Any] = load["runs"]
+    return runs
+
+
 def test_policies_stand_side_by_side(tmp_path: Path) -> None:
     result = simulate("--trace", mooncake(tmp_path), "--policy", "predicted", "--policy", "round_robin")
     assert result.exit_code == 0, result.output
@@ -54,10 +61,10 @@ def test_policies_stand_side_by_side(tmp_path: Path) -> None:
 
 
 def test_the_summary_has_every_figure(tmp_path: Path) -> None:
-    runs = document("--trace", mooncake(tmp_path), "--policy", "predicted", path=tmp_path / "out.json")["runs"]
-    run = runs["predicted"]
+    run = runs_of("--trace", mooncake(tmp_path), "--policy", "predicted", path=tmp_path / "out.json")["predicted"]
     assert (run["requests"], run["failed"], run["ends"]) == (40, 0, {"ok": 40})
     assert run["goodput_share"] == 1.0
+    assert run["goodput_requests_per_s"] == run["offered_requests_per_s"] == pytest.approx(40 / 3.9)
     assert 0 < run["ttft_p50_s"] <= run["ttft_p90_s"] <= run["ttft_p99_s"] < run["e2e_p99_s"]
     assert 0.3 < run["prefix_hit_actual"] < 0.9
     assert sum(r["requests"] for r in run["replicas"].values()) == 40
@@ -67,10 +74,32 @@ def test_the_summary_has_every_figure(tmp_path: Path) -> None:
 def test_limits_and_speed_change_what_is_replayed(tmp_path: Path) -> None:
     trace, out = mooncake(tmp_path), tmp_path / "out.json"
     options = ("--trace", trace, "--policy", "round_robin")
-    whole = document(*options, path=out)["runs"]["round_robin"]
-    faster = document(*options, "--speed-up", 4, path=out)["runs"]["round_robin"]
+    whole = runs_of(*options, path=out)["round_robin"]
+    faster = runs_of(*options, "--speed-up", 4, path=out)["round_robin"]
     assert document(*options, "--limit", 7, path=out)["requests"] == 7
     assert faster["makespan_s"] < 0.5 * whole["makespan_s"]
+
+
+@pytest.mark.parametrize("speed_ups", [("1,2", "4"), ("1,2,4",), ("1", "2", "4")])
+def test_every_policy_runs_at_each_of_several_loads(speed_ups: tuple[str, ...], tmp_path: Path) -> None:
+    out, log = tmp_path / "out.json", tmp_path / "log.jsonl"
+    options = ("--trace", mooncake(tmp_path), "--policy", "random", "--policy", "round_robin")
+    several = [part for text in speed_ups for part in ("--speed-up", text)]
+    loads = document(*options, *several, "--log", log, path=out)["loads"]
+    assert [load["speed_up"] for load in loads] == [1.0, 2.0, 4.0]
+    for load in loads:
+        offered = [run["offered_requests_per_s"] for run in load["runs"].values()]
+        assert offered == pytest.approx([load["speed_up"] * 40 / 3.9] * 2)
+    alone = runs_of(*options, "--speed-up", "2", path=out)
+    assert {name: run["digest"] for name, run in loads[1]["runs"].items()} == {n: r["digest"] for n, r in alone.items()}
+    rows = Counter((row["speed_up"], row["policy"]) for row in map(json.loads, log.read_text().splitlines()))
+    assert rows == {(speed_up, policy): 40 for speed_up in (1, 2, 4) for policy in ("random", "round_robin")}
+
+
+def test_each_load_has_its_table(tmp_path: Path) -> None:
+    output = simulate("--trace", mooncake(tmp_path), "--policy", "random", "--speed-up", "1,2.5").output
+    assert re.findall(r"virtual time, speed-up ([\d.]+)", " ".join(output.split())) == ["1", "2.5"]
+    assert len(re.findall(r"offered, requests/s +[\d.]+", output)) == 2
 
 
 def test_the_same_seed_writes_the_same_bytes_in_any_process(tmp_path: Path) -> None:
@@ -101,30 +130,20 @@ def test_the_log_has_each_request_of_each_run(tmp_path: Path) -> None:
 
 def test_a_policy_may_have_options(tmp_path: Path) -> None:
     text = "session_affinity:load_factor=2.5"
-    assert list(document(*SMALL, "--policy", text, path=tmp_path / "o.json")["runs"]) == [text]
+    assert list(runs_of(*SMALL, "--policy", text, path=tmp_path / "o.json")) == [text]
 
 
 def test_the_demos_fleet_can_be_simulated(tmp_path: Path) -> None:
-    runs = document("--generate", "sessions=5", "--fleet", "deploy/demo.yaml", path=tmp_path / "o.json")["runs"]
+    runs = runs_of("--generate", "sessions=5", "--fleet", "deploy/demo.yaml", path=tmp_path / "o.json")
     labels = [(r["labels"]["gpu"], r["labels"]["tp"]) for r in runs["predicted"]["replicas"].values()]
     assert labels == [("h100", "1"), ("h100", "1"), ("a100", "1"), ("h100", "4")]
 
 
-def test_curves_are_written_into_one_page_that_fetches_nothing(tmp_path: Path) -> None:
-    page = tmp_path / "plot.html"
-    assert simulate(*SMALL, "--policy", "predicted", "--policy", "random", "--plot", page).exit_code == 0
-    text = page.read_text()
-    assert text.count("<svg") == 4  # two distributions, and the replicas' load under each policy
-    assert text.count("<polyline") == 2 + 2 + 2 * 2
-    assert "nan" not in text
-    assert "http" not in text
-
-
-def test_a_curve_is_thinned_to_what_can_be_seen() -> None:
-    curve = [(float(i), 1.0) for i in range(10_000)]
-    thin = _thinned(curve)
-    assert len(thin) <= 301
-    assert (thin[0], thin[-1]) == (curve[0], curve[-1])
+@pytest.mark.parametrize(("name", "begins"), [("plot.html", b"<!doctype html>"), ("plot.png", b"\x89PNG")])
+def test_curves_are_drawn_in_the_format_of_the_name(name: str, begins: bytes, tmp_path: Path) -> None:
+    result = simulate(*SMALL, "--policy", "random", "--speed-up", "1,2", "--plot", tmp_path / name)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / name).read_bytes().startswith(begins)
 
 
 @pytest.mark.parametrize(
@@ -138,10 +157,15 @@ def test_a_curve_is_thinned_to_what_can_be_seen() -> None:
         ((*SMALL, "--policy", "predicted:x=1"), "has no option 'x'"),
         ((*SMALL, "--event", "1:9:dies"), "replica 9 is not there"),
         ((*SMALL, "--event", "dies"), "is not T:replica:what"),
-        ((*SMALL, "--plot", "x.png"), "only HTML"),
+        ((*SMALL, "--plot", "x.pdf"), "HTML or PNG is written"),
+        ((*SMALL, "--plot", "plot"), "HTML or PNG is written"),
         ((*SMALL, "--json", "/nowhere/x.json"), "/nowhere is no directory"),
         ((*SMALL, "--block-size", "48"), "--block-size 48 does not divide"),
-        ((*SMALL, "--speed-up", "0"), "--speed-up must be above 0"),
+        ((*SMALL, "--speed-up", "0"), "--speed-up 0: each must be a number above 0"),
+        ((*SMALL, "--speed-up", "1,x"), "--speed-up x: each must be a number above 0"),
+        ((*SMALL, "--speed-up", "1,"), "each must be a number above 0"),
+        ((*SMALL, "--speed-up", "nan"), "each must be a number above 0"),
+        ((*SMALL, "--estimate-error", "-1"), "--estimate-error must be from 0 to 3"),
         ((*SMALL, "--fleet", "/nowhere.yaml"), "/nowhere.yaml: No such file"),
         ((*SMALL, "--model-size", "70b"), "raise tp"),
     ],

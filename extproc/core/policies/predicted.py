@@ -17,7 +17,7 @@ TOLERANCE_S = 1e-3
 @register
 @dataclass(slots=True)
 class Predicted(Stateless):
-    """The default. One unit, so nothing to weigh: seconds of queue, of own prefill and decode, and of delay to others."""
+    """The default. One unit, so nothing to weigh: seconds until a first token, one's own and those of others; decode at its measured rate of exchange."""
 
     name = "predicted"
 
@@ -32,6 +32,7 @@ class Predicted(Stateless):
             "prefill_s": p.prefill_s,
             "decode_s": p.decode_s,
             "delay_s": p.delay_s,
+            "crowding_s": p.crowding_s,
             "cached_tokens": float(p.cached_tokens),
         }
 
