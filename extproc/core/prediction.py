@@ -93,11 +93,6 @@ def cost_s(ask: Ask, member: Member, now: float) -> float:
     return _parts(ask, member, now)[-1]
 
 
-def unseen_s(ask: Ask, member: Member, now: float) -> float:
-    """Prefill of others that may stand before the request there."""
-    return (company(member, now)[0] - len(member.load)) * ask.prices.unseen_s
-
-
 def _parts(ask: Ask, member: Member, now: float) -> Parts:
     """The fields of a Prediction, in its order."""
     address = member.replica.address
@@ -112,10 +107,11 @@ def _parts(ask: Ask, member: Member, now: float) -> Parts:
     queue_s = speed.base_s + max(backlog_s, capacity_wait_s(ask, member, now)) + strangers * prices.unseen_s
     prefill_s = speed.prefill_s(speed.work_s(uncached, cached, sequences, kv_tokens))
     steps = max(ask.output_tokens - 1.0, 0.0)
-    step_s = speed.step_s(sequences + ask.request.samples, kv_tokens + ask.prompt_tokens)
+    decode_factor, steps_of = speed.decode_factor, speed.prior.decode_step_s
+    step_s = decode_factor * steps_of(sequences + ask.request.samples, kv_tokens + ask.prompt_tokens)
     delay_s = 0.0
     if sequences:
-        before_s = speed.step_s(sequences, kv_tokens)
+        before_s = decode_factor * steps_of(sequences, kv_tokens)
         chunks = -(-uncached // CHUNK_TOKENS)
         remaining = 0.5 * load.output_tokens / len(load) if len(load) else steps
         stalled = max(prefill_s - chunks * before_s, 0.0)

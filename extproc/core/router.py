@@ -15,7 +15,7 @@ from extproc.core.fleet import Fleet, Member
 from extproc.core.flights import Flight, Ledger
 from extproc.core.observers import Ended, Observer, Quiet
 from extproc.core.policies import Policy, create
-from extproc.core.prediction import Ask, company, predict, unseen_s
+from extproc.core.prediction import Ask, company, predict
 from extproc.core.prefix.index import PrefixIndex
 from extproc.core.tokens import OutputTokens, PromptTokens, ResponseBytes
 from extproc.core.traffic import Traffic
@@ -100,8 +100,8 @@ class Pool:
         output = self.output_tokens.estimate(request.model, request.api, request.tenant, request.max_output_tokens)
         per_byte = tokens / request.prompt_bytes if request.prompt_bytes else 0.0
         hits = {a: n * per_byte for a, n in self.index.match(request.blocks).items()} if request.blocks.hashes else {}
-        ours = sum(len(member.load) for member in members)
-        others = sum(member.strangers for member in members)
+        others = sum([member.strangers for member in members])
+        ours = sum([len(member.load) for member in members]) if others else 0
         prices = self.traffic.prices(len(members), others / max(ours, 1), now)
         return Ask(request, max(tokens, 1), output, hits, prices)
 
@@ -278,6 +278,7 @@ class Router:
 
     def _reserve(self, decision: Decision, pool: Pool, ask: Ask, member: Member, now: float) -> None:
         request, prediction = ask.request, decision.prediction
+        together = company(member, now)
         flight = Flight(
             id=decision.flight,
             pool=decision.pool,
@@ -294,8 +295,8 @@ class Router:
             hit_bytes=self._hit_bytes(ask, member),
             prediction=prediction,
             work_s=(member.load.backlog_s(now) + prediction.prefill_s) / member.speed.prefill_factor,
-            unseen_s=unseen_s(ask, member, now),
-            company=company(member, now),
+            unseen_s=(together[0] - len(member.load)) * ask.prices.unseen_s,
+            company=together,
             exact_tokens=request.prompt_tokens is not None,
             routed_at=now,
             expires_at=now + self._ttl_s,

@@ -31,13 +31,15 @@ _DECODE_NOISE: Final = 0.4
 class Shared:
     """What is learned of the speed of a pool's replicas together."""
 
-    __slots__ = ("_base_variance", "base_s", "decode", "prefill")
+    __slots__ = ("_base_variance", "base_s", "decode", "lessons", "prefill")
 
     def __init__(self) -> None:
         self.base_s = BASE_S
         """What every first token pays besides prefill."""
         self._base_variance = BASE_S**2
         self.prefill, self.decode = Parts(), Parts()
+        self.lessons = 0
+        """Counts whatever changes a factor, so that factors are computed again then, not for each candidate of each request."""
 
     def base_variance(self, expected_s: float) -> float:
         """How unsure the base makes the logarithm of an expected time."""
@@ -53,7 +55,7 @@ class Shared:
 class Speed:
     """Seconds for prefill and decode on one replica."""
 
-    __slots__ = ("_decode", "_prefill", "_shared", "prior")
+    __slots__ = ("_decode", "_decode_factor", "_lessons", "_prefill", "_prefill_factor", "_shared", "prior")
 
     def __init__(self, prior: StepTime, shared: Shared | None = None) -> None:
         """`shared`: what is learned together with others; None for a replica alone. Replicas of equal priors are of one kind."""
@@ -61,6 +63,8 @@ class Speed:
         self._shared = shared or Shared()
         self._prefill: Factor = self._shared.prefill.factor(prior)
         self._decode: Factor = self._shared.decode.factor(prior)
+        self._prefill_factor = self._decode_factor = 1.0
+        self._lessons = -1
 
     def __repr__(self) -> str:
         return f"<speed prefill x{self.prefill_factor:.2f} decode x{self.decode_factor:.2f} base {self.base_s * 1e3:.0f} ms>"
@@ -68,12 +72,20 @@ class Speed:
     @property
     def prefill_factor(self) -> float:
         """Observed prefill time over the prior's."""
-        return self._prefill.value
+        if self._lessons != self._shared.lessons:
+            self._refresh()
+        return self._prefill_factor
 
     @property
     def decode_factor(self) -> float:
         """Observed time per output token over the prior's."""
-        return self._decode.value
+        if self._lessons != self._shared.lessons:
+            self._refresh()
+        return self._decode_factor
+
+    def _refresh(self) -> None:
+        self._lessons = self._shared.lessons
+        self._prefill_factor, self._decode_factor = self._prefill.value, self._decode.value
 
     @property
     def base_s(self) -> float:
@@ -103,6 +115,7 @@ class Speed:
         """So many seconds passed; what sets this replica apart is believed a little less."""
         self._prefill.fade(elapsed_s)
         self._decode.fade(elapsed_s)
+        self._lessons = -1
 
     def learn_ttft(self, work_s: float, ttft_s: float, waited_s: float = 0.0, unseen_s: float = 0.0) -> None:
         """A first token came `ttft_s` after the replica was sent a request with `work_s` of prior prefill ahead of it.
@@ -120,6 +133,7 @@ class Speed:
         variance = slope * slope * self._prefill.variance + shared.base_variance(expected_s) + noise
         self._prefill.learn(error, variance, slope)
         shared.learn_base(expected_s, error, variance)
+        shared.lessons += 1
 
     def learn_step(self, sequences: float, kv_tokens: float, step_s: float) -> None:
         """A finished request saw `step_s` per output token, in about this company."""
@@ -128,3 +142,4 @@ class Speed:
             return
         error = max(min(math.log(step_s / expected_s), SURPRISE), -SURPRISE)
         self._decode.learn(error, self._decode.variance + _DECODE_NOISE**2)
+        self._shared.lessons += 1
