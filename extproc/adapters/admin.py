@@ -135,6 +135,7 @@ def member_view(pool: str, member: Member, router: Router, now: float) -> dict[s
             "decode_factor": round(member.speed.decode_factor, 4),
             "base_s": round(member.speed.base_s, 5),
             "hit_trust": round(member.hit_trust, 4),
+            "cache_share": round(member.cache_share, 4),
         },
     }
 

@@ -36,6 +36,7 @@ class Member:
     __slots__ = (
         "_stale_after_s",
         "answered_at",
+        "cache_share",
         "down",
         "heard_at",
         "held_at_sample",
@@ -77,6 +78,8 @@ class Member:
         """Moving average of response times; None before the first."""
         self.answered_at = now
         """When the last of these came."""
+        self.cache_share = 1.0
+        """Of its KV cache, what acts as a cache for what we send: running answers and requests of others take the rest."""
         self.hit_trust = 1.0
         """Actual over predicted prefix hits, smoothed: 0 where prefix caching is off."""
         self.strangers = 0.0
@@ -144,8 +147,16 @@ class Member:
 
     def hit(self, predicted_tokens: float, actual_tokens: int) -> None:
         """Compare a predicted prefix hit with the actual one."""
-        if predicted_tokens >= 1:
-            self.hit_trust += 0.1 * (min(actual_tokens / predicted_tokens, 1.0) - self.hit_trust)
+        if predicted_tokens < 1:
+            return
+        found = min(actual_tokens / predicted_tokens, 1.0)
+        self.hit_trust += 0.1 * (found - self.hit_trust)
+        # What we believed there and is not was pushed out: down by as much at once, and up again slowly. It settles where
+        # about one prediction in twenty-five fails.
+        if found < 0.95:
+            self.cache_share = max(self.cache_share * (1.0 - 0.05 * (1.0 - found)), 0.05)
+        else:
+            self.cache_share = min(self.cache_share + 0.002, 1.0)
 
     def queued(self, now: float) -> int | None:
         """Requests waiting there: the last sample, and what we sent or saw end since. None without a fresh sample."""

@@ -212,7 +212,7 @@ class Router:
                 if capacity := sample.kv_capacity_tokens:
                     model = next(iter(pool.settings.models or member.models), None)
                     per_token = pool.prompt_tokens.bytes_per_token(model)
-                    pool.index.set_capacity(member.address, capacity * per_token)
+                    pool.index.set_capacity(member.address, capacity * per_token * member.cache_share)
             case NotSampled(why=why):
                 member.not_sampled(why)
             case Serves(models=models):
@@ -274,6 +274,9 @@ class Router:
                 Scored(member.replica.address, score, pool.policy.terms(ask, member, now))
                 for score, member in order[:listed]
             ),
+            output_p90_tokens=pool.output_tokens.quantile(
+                0.9, ask.request.model, ask.request.api, ask.request.tenant, ask.request.max_output_tokens
+            ),
         )
 
     def _reserve(self, decision: Decision, pool: Pool, ask: Ask, member: Member, now: float) -> None:
@@ -300,6 +303,7 @@ class Router:
             exact_tokens=request.prompt_tokens is not None,
             routed_at=now,
             expires_at=now + self._ttl_s,
+            output_p90_tokens=decision.output_p90_tokens,
         )
         self._ledger.open(flight)
         pool.traffic.arrived(prediction.prefill_s, now)

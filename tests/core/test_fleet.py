@@ -209,3 +209,25 @@ def test_repr_is_a_status_line() -> None:
     at(made, 0).sampled(Sample(), 1.5)
     at(made, 0).not_sampled(ScrapeFailure.REFUSED)
     assert repr(at(made, 0)) == "<member 10.0.0.1:8000 0 in flight, sampled at 1.500, down>"
+
+
+def test_the_share_of_the_cache_that_is_ours_settles_where_predictions_come_true() -> None:
+    """An engine that holds what was sent within the last 40 % of the capacity, while we believe in all of it."""
+    one = at(fleet(1), 0)
+    for n in range(3000):
+        age = (n * 0.618) % 1.0 * one.cache_share  # of the prefix, in caches' worth of later tokens
+        one.hit(1000, 1000 if age <= 0.4 else 0)
+    assert one.cache_share == pytest.approx(0.4, abs=0.05)
+
+
+def test_the_share_of_the_cache_is_bounded_and_comes_back() -> None:
+    one = at(fleet(1), 0)
+    for _ in range(1000):
+        one.hit(1000, 0)
+    assert one.cache_share == 0.05
+    for _ in range(1000):
+        one.hit(1000, 1000)
+    assert one.cache_share == 1.0
+    one.hit(0, 0)
+    one.hit(1000, 970)  # a block at the edge says nothing
+    assert one.cache_share == 1.0

@@ -368,6 +368,21 @@ def test_the_index_holds_what_the_engines_cache_holds() -> None:
     assert made.pools[POOL].index.held_bytes(address(0)) <= 1600 * 4
 
 
+def test_the_index_shrinks_where_predicted_hits_do_not_come() -> None:
+    made = router(1)
+    sample(made, 0, block_size=16, num_blocks=2000)
+    index = made.pools[POOL].index
+    for n in range(20):
+        made.finish(route(made, request(text(4000, n))).flight, ok(address(0)), 1.0)
+    before = index.held_bytes(address(0))
+    for n in range(40):
+        flown = route(made, request(text(4000, n % 20)))
+        made.finish(flown.flight, ok(address(0), usage=usage(1000, 10, cached=0)), 2.0)
+    assert member(made, 0).cache_share < 0.6
+    sample(made, 0, now=3.0, block_size=16, num_blocks=2000)
+    assert 0 < index.held_bytes(address(0)) < before
+
+
 # --- learning ---------------------------------------------------------------------------------------------------------
 
 
