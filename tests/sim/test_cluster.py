@@ -295,3 +295,28 @@ def test_a_model_that_does_not_fit_is_refused() -> None:
         nodes([Group()], "70b", 64, 0.0)
     with pytest.raises(ConfigError, match="is not like 8b"):
         nodes([Group()], "big", 64, 0.0)
+
+
+# --- what the default policy comes to in a cluster --------------------------------------------------------------------
+
+
+def test_routers_that_do_not_talk_come_to_prefer_different_replicas() -> None:
+    """Each then knows what waits on its own; with one mind for all of them they would share every replica evenly."""
+    arrivals = tuple(Turn(8000, 100, i * 0.06) for i in range(1200))
+    scenario = Scenario(Trace("alike", 64, arrivals), fleet(4), routers=2)
+    apart = {}
+    for policy in ("predicted", "round_robin"):
+        shares = [[0] * 4 for _ in range(2)]
+        for served in Cluster(scenario, policy).run().served:
+            assert served.replica is not None
+            if served.turn > 600:
+                shares[served.router][int(served.replica.split(".")[3].split(":")[0]) - 1] += 1
+        apart[policy] = sum(abs(a - b) for a, b in zip(*shares, strict=True)) / sum(map(sum, shares))
+    assert apart["round_robin"] < 0.1
+    assert apart["predicted"] > 0.4
+
+
+def test_a_replica_that_slows_down_gets_less() -> None:
+    result = run(steady(300, every_s=0.1), incidents=("10:1:slows=4",))
+    late = [s.replica for s in by_turn(result)[150:]]
+    assert late.count(address(1)) < 0.6 * late.count(address(2))
