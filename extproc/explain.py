@@ -17,7 +17,8 @@ def table(record: dict[str, Any], console: Console | None = None) -> None:
     predicted = record["predicted"]
     console.print(
         f"{record['api']} for [bold]{record['model']}[/] in pool {record['pool']}: "
-        f"{record['prompt_tokens']} prompt tokens, about {record['output_tokens']:.0f} output tokens"
+        f"{record['prompt_tokens']} prompt tokens, about {record['output_tokens']:.0f} output tokens "
+        f"(p90 {record['output_p90_tokens']})"
     )
     console.print(
         f"policy [bold]{record['policy']}[/], reason {record['reason']}: {record['endpoints'][0]}, "

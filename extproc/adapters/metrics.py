@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 from extproc.core.fleet import Readiness
 from extproc.core.observers import Ended
 from extproc.core.router import Router
-from extproc.core.types import Decision, Outcome, Reject
+from extproc.core.types import Decision, End, Outcome, Reject
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 TOKENS = (16, 64, 256, 1024, 4096, 16384, 65536, 262144)
@@ -60,6 +60,16 @@ class RouterMetrics:
         )
         self.output_ratio = histogram(
             "output_tokens_predicted_ratio", "Expected over actual output tokens.", RATIO, "pool"
+        )
+        self.output_p90 = counter(
+            "output_p90",
+            "Whole answers whose length is known from usage, to hold against the p90 predicted.",
+            "pool",
+        )
+        self.output_within_p90 = counter(
+            "output_within_p90",
+            "Of extproc_output_p90_total, those no longer than predicted: 85 to 95 % if calibrated.",
+            "pool",
         )
         self.ttft_ratio = histogram(
             "ttft_predicted_ratio", "Predicted over actual seconds to first token.", RATIO, "pool"
@@ -115,6 +125,7 @@ class RouterMetrics:
         if outcome.duration_s is not None:
             self._of(self.duration, pool).observe(outcome.duration_s)
         self._usage(ended, replica)
+        self._cover(ended)
         self._first_token(ended)
 
     def unknown_flight(self, outcome: Outcome) -> None:
@@ -129,6 +140,16 @@ class RouterMetrics:
         if usage.cached_tokens is not None and not ended.moved:
             self._of(self.predicted_hits, flight.pool).inc(flight.prediction.cached_tokens)
             self._of(self.actual_hits, flight.pool).inc(usage.cached_tokens)
+
+    def _cover(self, ended: Ended) -> None:
+        """Whether the answer was as short as the p90 said. Of several samples only the sum is known, and a mean varies less."""
+        flight, outcome = ended.flight, ended.outcome
+        tokens = outcome.usage.completion_tokens if outcome.usage else None
+        if outcome.end is not End.OK or tokens is None or flight.samples != 1 or not flight.output_p90_tokens:
+            return
+        self._of(self.output_p90, flight.pool).inc()
+        if tokens <= flight.output_p90_tokens:
+            self._of(self.output_within_p90, flight.pool).inc()
 
     def _first_token(self, ended: Ended) -> None:
         flight, outcome = ended.flight, ended.outcome

@@ -60,6 +60,7 @@ def decision_view(decision: Decision) -> dict[str, Any]:
         "endpoints": list(decision.endpoints),
         "prompt_tokens": decision.prompt_tokens,
         "output_tokens": round(decision.output_tokens, 1),
+        "output_p90_tokens": decision.output_p90_tokens,
         "predicted": {
             "cached_tokens": prediction.cached_tokens,
             "queue_s": round(prediction.queue_s, 6),

@@ -79,7 +79,7 @@ class Factor:
 
     def __init__(self, pool: Part, kind: Part) -> None:
         self._pool, self._kind = pool, kind
-        self._own = Part(0.05, 0.012)
+        self._own = Part(0.1, 0.012)
 
     def __repr__(self) -> str:
         return f"<factor x{self.value:.2f}: pool {self._pool!r}, kind {self._kind!r}, own {self._own!r}>"

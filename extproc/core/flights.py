@@ -53,6 +53,8 @@ class Flight:
     """The client sent token ids: their bytes say nothing of how text is tokenized."""
     first_token_at: float | None = None
     response_bytes: int = 0
+    output_p90_tokens: int = 0
+    """Of one generation, as predicted when it was routed."""
 
     def __repr__(self) -> str:
         state = "decoding" if self.first_token_at is not None else "prefilling"

@@ -274,8 +274,8 @@ class Router:
                 Scored(member.replica.address, score, pool.policy.terms(ask, member, now))
                 for score, member in order[:listed]
             ),
-            output_p90_tokens=pool.output_tokens.quantile(
-                0.9, ask.request.model, ask.request.api, ask.request.tenant, ask.request.max_output_tokens
+            output_p90_tokens=pool.output_tokens.p90(
+                ask.request.model, ask.request.api, ask.request.tenant, ask.request.max_output_tokens
             ),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable
@@ -13,6 +14,8 @@ BYTES_PER_TOKEN: Final = 4.0
 """Prior for text; learned per model from the first usage on. Real tokenizers lie between 3 and 5 for English and code."""
 OUTPUT_TOKENS: Final = 256.0
 """Prior mean of a generation; the Mooncake and Azure conversation traces have 343 and 211."""
+OUTPUT_P90_TOKENS: Final = 590.0
+"""Prior p90: of the exponential distribution with that mean; the two traces have 597 and 424."""
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -90,7 +93,7 @@ _BOUNDS: Final = tuple(round(2 ** (i / 2)) for i in range(1, 36))
 class Lengths:
     """A distribution of output lengths: counts and sums by class, with forgetting."""
 
-    __slots__ = ("_counts", "_forget", "_sums", "total")
+    __slots__ = ("_counts", "_forget", "_sums", "p90", "total")
 
     def __init__(self, forget: float = 0.995) -> None:
         self._counts = [0.0] * (len(_BOUNDS) + 1)
@@ -98,6 +101,8 @@ class Lengths:
         self._forget = forget
         self.total = 0.0
         """Observations, discounted by age."""
+        self.p90 = 1.0
+        """Tokens that nine of ten do not exceed, at least one."""
 
     def learn(self, tokens: int) -> None:
         forget = self._forget
@@ -107,6 +112,7 @@ class Lengths:
         self._counts[i] += 1.0
         self._sums[i] += tokens
         self.total = self.total * forget + 1.0
+        self.p90 = max(self.quantile(0.9), 1.0)  # here, where no request waits: a scan for each decision took 4.5 us
 
     def mean(self, cap: float, beyond: float = 0.0) -> float | None:
         """Mean of min(length, cap) among the lengths above `beyond` tokens; None where none was seen."""
@@ -118,9 +124,36 @@ class Lengths:
                 total += min(s / n, cap) * n
         return max(total / count, beyond) if count > 1e-3 else None
 
+    def quantile(self, share: float) -> float:
+        """Tokens that the next length does not exceed with probability `share`, between 0 and 1; 0 where none was seen.
+
+        The k-th shortest of n lengths is not exceeded with probability k / (n + 1), so k = share * (n + 1). With share * n the
+        p90 of twenty observations covers 88 %, with this 91 %.
+        """
+        longer = max(self.total - share * (self.total + 1.0), 1e-3)
+        i = len(_BOUNDS)
+        for count in reversed(self._counts):  # a high quantile is near that end
+            if count >= longer:
+                return self._within(i, 1.0 - longer / count)
+            longer -= count
+            i -= 1
+        return 0.0
+
+    def _within(self, i: int, part: float) -> float:
+        """Tokens below which that part of a class lies, spread evenly around the mean as far as the class's nearer end.
+
+        Length n fills the interval from n - 1 to n. Without the mean, a class full of one length, such as a common
+        `max_tokens`, would be spread on to lengths that never came, and a quantile could fall just short of it.
+        """
+        low = _BOUNDS[i - 1] - 1.0 if i else -1.0
+        high = _BOUNDS[i] - 1.0 if i < len(_BOUNDS) else math.inf
+        middle = self._sums[i] / self._counts[i] - 0.5
+        reach = middle - low if middle - low < high - middle else high - middle
+        return middle + reach * (2.0 * part - 1.0)
+
 
 class OutputTokens:
-    """Expected generation length by (model, API, tenant), falling back to (model, API) and then to the prior."""
+    """Generation length by (model, API, tenant), falling back to (model, API) and then to the prior."""
 
     def __init__(self, keys: int = 4096) -> None:
         self._lengths: Bounded[tuple[str | None, ...], Lengths] = Bounded(keys)
@@ -134,14 +167,35 @@ class OutputTokens:
             return 0.0
         limit = float(cap) if cap is not None else float("inf")
         expected = min(max(OUTPUT_TOKENS, 1.5 * so_far), limit)
-        for key in ((model, api), (model, api, tenant)) if tenant else ((model, api),):
+        for key in _keys(model, api, tenant):
             if (lengths := self._lengths.get(key)) and (mean := lengths.mean(limit, so_far)) is not None:
                 expected += (mean - expected) * lengths.total / (lengths.total + 8.0)
         return expected
 
+    def p90(self, model: str | None, api: Api, tenant: str | None, cap: int | None) -> int:
+        """Tokens that nine of ten generations do not exceed, at most `cap`; 0 for an API that generates nothing.
+
+        Keys lean on wider ones as in `estimate`, but by ratio, and n observations weigh n / (n + 2). By difference, one tenant
+        of long answers would lift the others' p90 far too high; with n / (n + 8), its own would be too low for a hundred requests.
+        The cap comes last: it shortens no answer that would have been shorter anyway, so it moves no quantile below it.
+        """
+        if api is Api.EMBEDDINGS or api is Api.OTHER:
+            return 0
+        length = OUTPUT_P90_TOKENS
+        for key in _keys(model, api, tenant):
+            if lengths := self._lengths.get(key):
+                length *= (lengths.p90 / length) ** (lengths.total / (lengths.total + 2.0))
+        tokens = math.ceil(length)
+        return tokens if cap is None else min(tokens, cap)
+
     def learn(self, model: str | None, api: Api, tenant: str | None, tokens: int) -> None:
-        for key in ((model, api), (model, api, tenant)) if tenant else ((model, api),):
+        for key in _keys(model, api, tenant):
             self._lengths.learned(key, Lengths).learn(tokens)
+
+
+def _keys(model: str | None, api: Api, tenant: str | None) -> tuple[tuple[str | None, ...], ...]:
+    """Under what lengths are kept, the widest first."""
+    return ((model, api), (model, api, tenant)) if tenant else ((model, api),)
 
 
 _STREAMED_BYTES: Final = 180.0

@@ -35,7 +35,8 @@ class Prices:
     later: float = 0.0
     """Requests that will still come while the replica is busy, each delayed by a second of prefill put there now.
 
-    Those in line on a replica by Little's law (arrivals x mean TTFT), over the share of time without prefill.
+    Those in line on a replica by Little's law (arrivals x mean TTFT), over the share of time without prefill; times the share
+    with, for that is how often a newcomer finds other replicas busy as well and does not go there instead.
     """
     unseen_s: float = 0.0
     """Prefill that one request of others on a replica stands for: it is there, and what of it is left nobody tells.
@@ -92,10 +93,10 @@ class Traffic:
         """At present. `strangers_each`: requests of others for each of ours, who come beside ours."""
         ttft_s, life_s = self._ttft_s, self._ttft_s + self._decode_s
         rate = self._rate(now) / replicas * (1.0 + strangers_each)
-        idle = 1.0 - min(rate * self._prefill_s, _BUSY)
+        busy = min(rate * self._prefill_s, _BUSY)
         return Prices(
             decode=ttft_s / (ttft_s + life_s),
-            later=min(rate * ttft_s / idle, _LATER),
+            later=min(busy * rate * ttft_s / (1.0 - busy), _LATER),
             unseen_s=ttft_s / life_s * self._square_s2 / self._prefill_s,
             unseen_rate=1.0 / life_s,
         )

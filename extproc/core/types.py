@@ -282,6 +282,8 @@ class Decision:
     prediction: Prediction
     """For the first endpoint, whatever the policy."""
     candidates: tuple[Scored, ...]
+    output_p90_tokens: int = 0
+    """Nine of ten such generations are no longer; capped likewise, 0 for an API that generates nothing."""
 
 
 @record

@@ -58,6 +58,10 @@ class Wiring:
     flight_ttl_s: float = Requests().flight_ttl_s
     prior_error: float = 1.0
     """The router begins with step times wrong by this factor."""
+    prior_error_every: int = 1
+    """Only those of every n-th replica are wrong so, in the order of the fleet: with 2 those of the second, the fourth and so on.
+    What is wrong alike for all hardly changes who seems best; this does. The router takes them for one kind with the others, as
+    it does where equal labels hide that a replica is slower."""
     estimate_error: float = 0.0
     """Each prompt seems longer or shorter to the router by a log-normal factor with this sigma and median 1: what its token
     estimates are off by. Shares of the prompt, such as a prefix hit, stay right."""
@@ -106,6 +110,7 @@ class Sidecar:
         self._timeline = timeline
         self._rng = Random(f"{seed}/scrapes/{number}")
         self._nodes = nodes
+        self._places = {address: place for place, address in enumerate(nodes, 1)}
         pool = PoolSettings(POOL, (MODEL,), policy, dict(options), stale_after_s=wiring.stale_after_s)
         rng = Random(f"{seed}/router/{number}")
         self.router = Router([pool], rng, _Waker(self._hurry), wiring.flight_ttl_s)
@@ -163,7 +168,7 @@ class Sidecar:
         """Put the wrong prior in; only learning can mend it."""
         member = self.router.pools[POOL].fleet.get(address)
         error = self.wiring.prior_error
-        if member is not None and error != 1.0:
+        if member is not None and error != 1.0 and self._places[address] % self.wiring.prior_error_every == 0:
             member.speed.prior = member.speed.prior.scaled(error, error)
 
     # --- recurring ----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -68,6 +69,25 @@ def test_a_flight_is_counted_from_decision_to_end(bench: Bench) -> None:
     assert bench.value("ttft_seconds_sum", pool="p") == 0.2
     assert bench.value("prompt_tokens_predicted_ratio_sum", pool="p") == 1000 / 800
     assert bench.value("output_tokens_predicted_ratio_sum", pool="p") == 10 / 20
+
+
+def p90_counts(bench: Bench, outcome: Outcome, samples: int = 1) -> tuple[float | None, float | None]:
+    """All answers held against the p90, and those within it, after one more; its p90 is its cap of 10."""
+    route = bench.route(replace(ASK, samples=samples))
+    assert route.decision.output_p90_tokens == 10
+    bench.router.finish(route.flight, outcome, 2.0)
+    return bench.value("output_p90_total", pool="p"), bench.value("output_within_p90_total", pool="p")
+
+
+def test_answers_are_counted_against_the_p90_that_was_predicted(bench: Bench) -> None:
+    assert p90_counts(bench, Outcome(End.OK, 200, usage=Usage(800, 10))) == (1, 1)
+    assert p90_counts(bench, Outcome(End.OK, 200, usage=Usage(800, 11))) == (2, 1)
+
+
+def test_answers_whose_length_is_not_known_for_sure_say_nothing_of_the_p90(bench: Bench) -> None:
+    assert p90_counts(bench, Outcome(End.OK, 200, response_bytes=900)) == (None, None)
+    assert p90_counts(bench, Outcome(End.CLIENT_GONE, 200, usage=Usage(800, 2))) == (None, None)
+    assert p90_counts(bench, Outcome(End.OK, 200, usage=Usage(800, 12)), samples=2) == (None, None)
 
 
 def test_a_flight_served_by_an_alternate_counts_for_it(bench: Bench) -> None:

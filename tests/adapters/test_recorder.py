@@ -38,6 +38,7 @@ def test_a_record_shows_the_decision_and_its_end() -> None:
     view = recorder.last(1)[0].view()
     assert view["endpoints"][0] in ("10.0.0.1:1", "10.0.0.2:1")
     assert {c["replica"] for c in view["candidates"]} == {"10.0.0.1:1", "10.0.0.2:1"}
+    assert (view["output_tokens"], view["output_p90_tokens"]) == (256, 590)
     assert view["outcome"]["end"] == "ok"
     assert (view["outcome"]["prompt_tokens"], view["outcome"]["cached_tokens"]) == (30, 16)
     assert view["outcome"]["output_tokens"] == 12

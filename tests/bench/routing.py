@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from extproc.sim.traces import TraceError
 from extproc.sim.traces.files import SOURCES
-from tests.bench.matrix import cells, page
+from tests.bench.matrix import cells, ignorance, page
 from tests.bench.matrix.cells import Cell, CellError
 from tests.bench.matrix.load import Kind, LoadError, kinds, replica_rate_per_s, total_rate_per_s
 from tests.bench.matrix.runs import CLAIRVOYANT, OURS, POLICIES, Job, bounded, run
@@ -40,6 +40,11 @@ OUTPUT: Final = Path("build/bench-routing.json")
 In = TypeVar("In")
 Out = TypeVar("Out")
 Mapper = Callable[[Callable[[In], Out], Sequence[In]], Iterable[Out]]
+_STAGES: Final[Mapping[Callable[..., Any], str]] = {
+    replica_rate_per_s: "saturation",
+    run: "runs",
+    ignorance.compare: "ignorance",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +76,8 @@ class Plan:
     seeds: Sequence[int]
     evaluations: int = 0
     """Of the search for the clairvoyant bound; 0 leaves it out."""
+    ignorance: Sequence[Cell] = ()
+    """In which it is measured what ignorance costs our policy."""
 
 
 def sources(effort: Effort, folder: Path | None, extra: Sequence[Path]) -> dict[str, Source]:
@@ -99,12 +106,28 @@ def measure(plan: Plan, each: Mapper[Any, Any]) -> dict[str, Any]:
         row(cell, policy, figures, found[cell, None]) for (cell, policy), figures in found.items() if policy is not None
     ]
     ordered = _in_order(rows, plan)
-    return {"cells": ordered, "summary": summary(ordered)}
+    ignorant = _ignorance(plan, saturation, each)
+    return {"cells": ordered, "summary": summary(ordered) | ignorance.summary(ignorant), "ignorance": ignorant}
+
+
+def _ignorance(
+    plan: Plan, saturation: Mapping[tuple[Cell, int], float], each: Mapper[Any, Any]
+) -> list[ignorance.Entry]:
+    jobs = [
+        Job(cell, plan.sources[cell.trace], seed, OURS, saturation[cell, seed])
+        for cell in plan.ignorance
+        for seed in plan.seeds
+    ]
+    found: dict[Cell, list[Mapping[str, ignorance.Pair]]] = {}
+    for job, result in zip(jobs, each(ignorance.compare, jobs), strict=True):
+        found.setdefault(job.cell, []).append(result)
+    return [entry for cell, seeds in found.items() for entry in ignorance.entries(cell, seeds)]
 
 
 def _saturation(plan: Plan, each: Mapper[Any, Any]) -> dict[tuple[Cell, int], float]:
     """Requests a second that the fleet of a cell can take."""
-    needed = {(cell, seed): kinds(cell, plan.sources[cell.trace], seed) for cell in plan.cells for seed in plan.seeds}
+    every_cell = dict.fromkeys((*plan.cells, *plan.ignorance))
+    needed = {(cell, seed): kinds(cell, plan.sources[cell.trace], seed) for cell in every_cell for seed in plan.seeds}
     every = list(dict.fromkeys(kind for found in needed.values() for kind, _ in found))
     every.sort(key=_window_of)
     rates: dict[Kind, float] = dict(zip(every, each(replica_rate_per_s, every), strict=True))
@@ -150,7 +173,7 @@ def pool(processes: int, console: Console) -> Iterator[Mapper[Any, Any]]:
     ):
 
         def each(function: Callable[[In], Out], jobs: Sequence[In]) -> Iterator[Out]:
-            task = progress.add_task("runs" if function is run else "saturation", total=len(jobs))
+            task = progress.add_task(_STAGES[function], total=len(jobs))
             for result in executor.map(function, jobs):
                 progress.advance(task)
                 yield result
@@ -182,6 +205,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     took_s = time.monotonic() - started
     _write(options, document | {"took_s": round(took_s, 1)})
     console.print(page.console_table(document["cells"]))
+    if document["ignorance"]:
+        console.print(page.console_ignorance(document["ignorance"]))
     for line in page.console_summary(document["summary"]):
         console.print(line)
     console.print(f"{took_s / 60:.1f} minutes; figures in {options.output}")
@@ -221,7 +246,8 @@ def _plan(options: argparse.Namespace) -> Plan:
     if not others:
         raise CellError(f"--policy {OURS} alone compares nothing; name a baseline as well")
     seeds = range(1, effort.seeds + 1)
-    return Plan(found, chosen, (OURS, *others), seeds, effort.evaluations)
+    ignorant = cells.only(ignorance.bases(found), options.only)
+    return Plan(found, chosen, (OURS, *others), seeds, effort.evaluations, ignorant)
 
 
 def _say(console: Console, plan: Plan, options: argparse.Namespace) -> None:

@@ -15,14 +15,15 @@ from extproc.core.types import End
 from extproc.sim.cluster import Cluster, Scenario, Served
 from extproc.sim.fleet_spec import Group
 from extproc.sim.incidents import Incident, Kind
+from extproc.sim.sidecar import Wiring
 from extproc.sim.simulate_report import Slo
 from extproc.sim.traces import Trace, TraceError, Turn
 from tests.bench import routing
-from tests.bench.matrix import page
-from tests.bench.matrix.cells import LOADS, STATES, Cell, CellError, fleet, full, incidents, only, quick
+from tests.bench.matrix import ignorance, page
+from tests.bench.matrix.cells import LOADS, SLOS, STATES, Cell, CellError, fleet, full, incidents, only, quick
 from tests.bench.matrix.load import LoadError, Pace, pace, saturation_per_s
 from tests.bench.matrix.nominal import IdealCache, nominal
-from tests.bench.matrix.runs import CLAIRVOYANT, OURS, Figures, Job, bounded, figures, floor_s, replay
+from tests.bench.matrix.runs import CLAIRVOYANT, OURS, Figures, Job, Replay, bounded, figures, floor_s, replay, run
 from tests.bench.matrix.summary import GOODPUT_FLOOR, Row, groups, row, summary
 from tests.bench.matrix.windows import MAX_PAUSE_S, MAX_TOKENS, Source, window
 
@@ -341,6 +342,17 @@ def test_ratios_are_against_the_best_single_baseline_and_the_best_of_each_cell()
     assert found["traces"]["hot"]["e2e_mean_s"] == pytest.approx(0.9)
 
 
+def test_the_gain_is_parted_by_what_cells_have_in_common() -> None:
+    mixed, more = replace(EASY, fleet="mixed"), ((OURS, 1.0), ("lean", 4.0), ("keen", 40.0))
+    parts = summary([*ROWS, *(made(mixed, policy, ttft, 4.0, 0.8) for policy, ttft in more)])["parts"]
+    assert list(parts) == ["fleet", "routers", "state", "fault"]
+    assert {value: (each["cells"], each["ttft_mean_s"]) for value, each in parts["fleet"].items()} == {
+        "equal": (2, pytest.approx(1.0)),
+        "mixed": (1, pytest.approx(0.25)),
+    }
+    assert parts["routers"]["1"]["cells"] == 3
+
+
 def test_a_cell_without_goodput_does_not_decide_over_all_others() -> None:
     keen = summary(ROWS)["policies"]["keen"]
     assert keen["goodput"] == pytest.approx(math.sqrt(0.4 / 0.8 * GOODPUT_FLOOR / 0.2))
@@ -348,13 +360,112 @@ def test_a_cell_without_goodput_does_not_decide_over_all_others() -> None:
 
 
 def test_the_page_has_each_cell_and_policy_in_whole_tables() -> None:
-    text = page.markdown({"cells": ROWS, "summary": summary(ROWS)}, "python -m tests.bench.routing")
-    for name in (OURS, "lean", "keen", str(EASY), str(HARD), "1.00 ±0.50", "2.000 (2.00 to 2.00)"):
+    ignorant = [entry("chat", ignorance.STALE, 1.25), entry("hot", ignorance.LENGTHS, 0.5)]
+    summed = summary(ROWS) | ignorance.summary(ignorant)
+    document = {"cells": ROWS, "summary": summed, "ignorance": ignorant}
+    text = page.markdown(document, "python -m tests.bench.routing")
+    cells = (
+        str(EASY),
+        str(HARD),
+        "1.00 ±0.50",
+        "2.000 (2.00 to 2.00)",
+        "| hot | 1 | 2.000 |",
+        "| fault none | 2 | 1.000 |",
+    )
+    costs = ("| chat | equal | stale | 1.250 (1.00 to 1.50) |", "| known lengths | 0.500 | 0.500 |")
+    for name in (OURS, "lean", "keen", *cells, *costs):
         assert name in text
     tables = [block for block in text.split("\n\n") if block.startswith("|")]
-    assert len(tables) == 4 + 2 * 3
+    assert len(tables) == 5 + 2 + 2 * 3
     for block in tables:
         assert len({line.count("|") for line in block.strip().splitlines()}) == 1, block
+
+
+# --- ignorance --------------------------------------------------------------------------------------------------------
+
+
+def entry(trace: str, what: str, ttft: float) -> ignorance.Entry:
+    spread = {measure: [ttft - 0.25, ttft + 0.25] for measure in ignorance.RATIOS}
+    ratios = {"ttft_ratio": ttft, "e2e_ratio": 1.0, "goodput_ratio": 1.0}
+    return {"trace": trace, "fleet": "equal", "what": what, **ratios, "spread": spread}
+
+
+def test_every_second_replica_has_a_wrong_prior() -> None:
+    specs = fleet([Group(gpu="h100", count=5)], "8b", "hbm", 64)
+    trace = Trace("t", 64, (Turn(100, 1, 0.0),))
+    priors = {}
+    for every in (1, 2):
+        wiring = Wiring(prior_error=2.0, prior_error_every=every)
+        router = Cluster(Scenario(trace, specs, wiring=wiring), "random").run().sidecars[0].router
+        speeds = {member.replica.address: member.speed.prior.g for _, member in router.members()}
+        priors[every] = [speeds[spec.replica.address] / spec.engine.step_time.g for spec in specs]
+    assert priors == {1: [2.0] * 5, 2: [1.0, 2.0, 1.0, 2.0, 1.0]}
+
+
+def test_what_is_tried_in_which_fleet() -> None:
+    one, two = (Job(cell, Source("unshared", 40, 4), 1, OURS, 20.0) for cell in ignorance.bases(["unshared"]))
+    assert (one.cell, two.cell) == (Cell("unshared"), Cell("unshared", fleet="mixed"))
+    assert set(ignorance.compare(one)) == set(ignorance.VARIANTS)
+    assert set(ignorance.compare(two)) == {*ignorance.WRONG, ignorance.HALF_WRONG}
+
+
+@pytest.mark.parametrize(("requests", "learned"), [(750, 300), (60, 30)])
+def test_wrong_priors_are_scored_when_there_was_time_to_learn(requests: int, learned: int) -> None:
+    trace = Trace("t", 64, (Turn(100, 1, 0.0),) * requests)
+    shared = Replay(Scenario(trace, H100), tuple(reversed(range(requests))))
+    wrong, stale = (ignorance.scored(shared, ignorance.VARIANTS[w]) for w in (ignorance.HALF_WRONG, ignorance.STALE))
+    assert wrong == set(range(requests - learned))
+    assert stale == shared.scored == set(range(requests - requests // 10))
+
+
+def test_each_variant_changes_one_thing_and_is_compared_with_the_cell_as_it_is() -> None:
+    job = Job(Cell("unshared"), Source("unshared", 120, 4), 1, OURS, 60.0)
+    found = ignorance.compare(job)
+    shared = replay(replace(job, policy=None))
+    assert found[ignorance.STALE].exact == run(job)
+    assert found[ignorance.LENGTHS].exact == run(job)
+    assert found[ignorance.STALE].changed == run(replace(job, cell=Cell("unshared", state="stale")))
+    told = Cluster(replace(shared.scenario, oracle_lengths=True), OURS).run().served
+    assert found[ignorance.LENGTHS].changed == figures(told, shared.scored, SLOS["8b"])
+    seen = [pair.changed for pair in found.values()]
+    assert all(one != two for place, one in enumerate(seen) for two in seen[:place])
+
+
+def test_the_ratios_of_an_entry_are_the_changed_over_the_exact() -> None:
+    def pair(changed: float, exact: float) -> ignorance.Pair:
+        one, two = (Figures(ttft, 9.0, 2 * ttft, ttft / 10, 0.5, 0, 50) for ttft in (changed, exact))
+        return ignorance.Pair(one, two)
+
+    found = ignorance.entries(EASY, [{"stale": pair(3.0, 1.0)}, {"stale": pair(3.0, 2.0)}])
+    assert found == [
+        {
+            "trace": "chat",
+            "fleet": "equal",
+            "what": "stale",
+            "ttft_ratio": 2.0,
+            "e2e_ratio": 2.0,
+            "goodput_ratio": pytest.approx(2.0),
+            "spread": {m: pytest.approx([1.5, 3.0]) for m in ("ttft_mean_s", "e2e_mean_s", "goodput")},
+        }
+    ]
+
+
+def test_ignorance_is_summed_up_by_its_worst_and_its_mean() -> None:
+    whats = ((ignorance.STALE, 1.0), (ignorance.STALE, 4.0), (ignorance.WRONG[0], 1.1), (ignorance.WRONG[1], 1.2))
+    found = ignorance.summary([entry("chat", what, ttft) for what, ttft in whats])
+    assert (found["stale_ttft_ratio"], found["wrong_prior_ttft_ratio"]) == (4.0, 1.2)
+    assert found["stale_ttft_geomean_ratio"] == pytest.approx(2.0)
+    assert "half_wrong_prior_ttft_ratio" not in found
+    assert ignorance.summary([]) == {}
+
+
+def test_cells_picked_pick_their_ignorance() -> None:
+    def cells(*words: str) -> list[Cell]:
+        return list(routing._plan(routing._parser().parse_args([*words])).ignorance)
+
+    assert len(cells()) == 2 * 4
+    assert cells("--only", "trace=chat,load=0.8") == ignorance.bases(["chat"])
+    assert cells("--only", "trace=chat,load=0.9") == []
 
 
 # --- the whole, small -------------------------------------------------------------------------------------------------
@@ -384,6 +495,18 @@ def test_the_document_has_what_is_asked_for_whatever_the_order_of_the_runs() -> 
     assert set(SUMMARY_KEYS.split()) <= set(document["summary"])
     assert document["summary"]["best_baseline"] == "round_robin"
     assert routing.measure(PLAN, backwards) == document
+
+
+def test_the_document_has_what_ignorance_costs() -> None:
+    plan = replace(PLAN, ignorance=ignorance.bases(["unshared"]))
+    document = routing.measure(plan, routing.in_process)
+    whats = [(each["trace"], each["fleet"], each["what"]) for each in document["ignorance"]]
+    mixed = (*ignorance.WRONG, ignorance.HALF_WRONG)
+    assert whats == [("unshared", f, w) for f, ws in (("equal", ignorance.VARIANTS), ("mixed", mixed)) for w in ws]
+    assert all(0.5 < each[key] < 2 for each in document["ignorance"] for key in ignorance.RATIOS.values())
+    assert {"stale_ttft_ratio", "wrong_prior_ttft_ratio"} <= set(document["summary"])
+    assert routing.measure(plan, backwards) == document
+    assert list(page.console_ignorance(document["ignorance"]).columns[2].cells) == [what for _, _, what in whats]
 
 
 def test_the_bound_is_below_the_policies_and_above_the_floor() -> None:

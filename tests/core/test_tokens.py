@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from math import ceil
 from random import Random
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from extproc.core.tokens import (
     BYTES_PER_TOKEN,
+    OUTPUT_P90_TOKENS,
     OUTPUT_TOKENS,
     Bounded,
     Lengths,
@@ -105,6 +107,78 @@ def test_mean_length_lies_within_what_was_seen(seen: list[int], cap: int, beyond
     assert min(seen) * 0.99 - 1 <= max(mean, min(seen)) <= max(seen) * 1.01 + 1
     assert mean <= cap + 1e-9
     assert (late := lengths.mean(float("inf"), beyond)) is None or late >= beyond
+
+
+def seen(lengths: list[int], forget: float = 1.0) -> Lengths:
+    made = Lengths(forget)
+    for n in lengths:
+        made.learn(n)
+    return made
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.99])
+def test_a_quantile_is_found_within_its_length_class(share: float) -> None:
+    assert seen(list(range(1, 1001))).quantile(share) == pytest.approx(1000 * share, rel=0.02, abs=2)
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 33, 44, 45, 1024, 300_000])
+def test_every_quantile_of_one_length_that_always_comes_covers_it(length: int) -> None:
+    made = seen([length] * 50)
+    assert length <= ceil(made.quantile(0.9)) <= 1.42 * length + 1
+
+
+def test_a_quantile_follows_what_came_last() -> None:
+    made = seen([1000] * 500 + [10] * 500, forget=0.98)
+    assert made.quantile(0.9) < 20
+    assert made.p90 == made.quantile(0.9)
+
+
+@pytest.mark.parametrize("n", [3, 9, 20])
+def test_the_p90_of_few_lengths_covers_as_much_as_so_few_can(n: int) -> None:
+    """The longest of n covers n / (n + 1) of what follows; from nine on that is 90 %."""
+    rng, kept = Random(1), 0
+    for _ in range(6000):
+        kept += (
+            rng.lognormvariate(5.0, 1.0) <= seen([max(round(rng.lognormvariate(5.0, 1.0)), 1) for _ in range(n)]).p90
+        )
+    assert 0.0 <= kept / 6000 - min(n / (n + 1), 0.9) <= 0.02
+
+
+def test_no_observation_is_no_quantile() -> None:
+    assert Lengths().quantile(0.9) == 0
+
+
+@given(st.lists(st.integers(1, 150_000), min_size=1, max_size=30), st.floats(0.01, 0.99), st.floats(0.01, 0.99))
+def test_quantiles_lie_within_the_classes_seen_and_in_order(lengths: list[int], one: float, other: float) -> None:
+    made = seen(lengths, forget=0.995)
+    low, high = made.quantile(min(one, other)), made.quantile(max(one, other))
+    assert min(lengths) / 1.51 - 1 <= low <= high + 1e-6
+    assert high <= max(lengths) * 2 + 1
+
+
+def test_a_p90_starts_at_the_prior_and_respects_the_cap() -> None:
+    outputs = OutputTokens()
+    assert outputs.p90("m", Api.CHAT, "t", None) == OUTPUT_P90_TOKENS
+    assert outputs.p90("m", Api.CHAT, "t", 16) == 16
+    assert outputs.p90("m", Api.EMBEDDINGS, "t", None) == 0
+
+
+def test_a_p90_of_a_new_tenant_leans_on_its_model_and_of_an_old_one_on_itself() -> None:
+    outputs = OutputTokens()
+    for _ in range(100):
+        outputs.learn("m", Api.CHAT, "long", 1000)
+        outputs.learn("m", Api.CHAT, "short", 10)
+    assert outputs.p90("m", Api.CHAT, "new", None) == pytest.approx(1000, rel=0.1)
+    assert outputs.p90("m", Api.CHAT, "short", None) < 40
+    assert outputs.p90("n", Api.CHAT, "short", None) == OUTPUT_P90_TOKENS
+
+
+def test_a_cap_moves_no_p90_that_is_shorter() -> None:
+    outputs = OutputTokens()
+    for n in range(100):
+        outputs.learn("m", Api.CHAT, "t", 10 + n)
+    assert outputs.p90("m", Api.CHAT, "t", 50) == 50
+    assert outputs.p90("m", Api.CHAT, "t", 150) == outputs.p90("m", Api.CHAT, "t", None) < 150
 
 
 def test_outputs_start_at_the_prior_and_respect_the_cap() -> None:

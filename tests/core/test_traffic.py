@@ -25,9 +25,9 @@ def test_decode_is_worth_what_makes_one_per_cent_of_each_mean_worth_the_same() -
     assert found.decode == pytest.approx(0.5 / (0.5 + 4.5), rel=0.01)
 
 
-def test_later_requests_are_those_in_line_by_littles_law_over_the_idle_share() -> None:
+def test_later_requests_are_those_in_line_by_littles_law_where_others_are_busy_as_well() -> None:
     found = prices(busy(2.0, 0.1, ttft_s=0.3, decode_s=3.0))
-    assert found.later == pytest.approx(2.0 * 0.3 / (1.0 - 2.0 * 0.1), rel=0.03)
+    assert found.later == pytest.approx(0.2 * 2.0 * 0.3 / (1.0 - 0.2), rel=0.05)
 
 
 def test_an_idle_fleet_has_nobody_to_come() -> None:
@@ -45,15 +45,15 @@ def test_in_an_overload_the_number_stays_bounded() -> None:
 
 
 def test_the_rate_is_right_from_the_first_seconds_and_fades() -> None:
-    traffic = busy(10.0, 0.001, 0.1, 3.0, lasting_s=5.0)
+    traffic = busy(10.0, 0.05, 0.1, 3.0, lasting_s=5.0)
     early = prices(traffic, now=5.0).later
-    assert early == pytest.approx(10.0 * 0.1, rel=0.35)
+    assert early == pytest.approx(0.5 * 10.0 * 0.1 / 0.5, rel=0.35)
     assert prices(traffic, now=35.0).later < early / 2
 
 
 def test_requests_of_others_come_beside_ours() -> None:
     traffic = busy(2.0, 0.05, 0.3, 3.0)
-    assert prices(traffic, strangers_each=1.0).later > 2 * prices(traffic).later
+    assert prices(traffic, strangers_each=1.0).later > 4 * prices(traffic).later
 
 
 def test_a_request_of_others_stands_for_its_share_of_life_in_prefill() -> None:

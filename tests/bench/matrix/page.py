@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 
 from tests.bench.matrix.cells import Cell
+from tests.bench.matrix.ignorance import KINDS, LEARNED_AFTER, RATIOS, Entry
 from tests.bench.matrix.runs import CLAIRVOYANT, OURS
 from tests.bench.matrix.summary import MEASURES, Group, Row, best_of, groups, ratio, ratio_spread
 
@@ -29,9 +30,10 @@ state, one router, eight H100 with an 8B model, no failure. *large*: five times 
 
 Times are those of complete answers; goodput is the share of all requests answered in full within TTFT 2 s and 25 ms per output token
 (70B: 5 s and 50 ms). The floor is a request's own prefill on an idle replica, with what one ideal cache as large as the whole fleet's
-holds of it. `clairvoyant` is an assignment found by search with the future known, for mean TTFT alone, where requests come by the
-clock: what is avoidable above it may be avoidable by nobody. The first tenth of each window is not scored. `±` is half the way from the lowest to the highest seed, each of which
-replays another window.
+holds of it. The floor of a mixed fleet is the harmonic mean over its replicas, so a router can beat it at light load by leaving the
+slow ones alone. `clairvoyant` is an assignment found by search with the future known, where requests come by the clock: what is
+avoidable above it may be avoidable by nobody. It is searched for mean TTFT alone: its end to end and goodput are no bound. The first
+tenth of each window is not scored. `±` is half the way from the lowest to the highest seed, each of which replays another window.
 """
 
 
@@ -41,7 +43,13 @@ def markdown(document: Mapping[str, Any], command: str) -> str:
     cells = groups(rows)
     seeds = list(rows[0]["seeds"])
     head = _HEAD.format(command=command, runs=len(rows) * len(seeds), seeds=", ".join(seeds))
-    parts = [head, *_summary(document["summary"]), "## Cell by cell\n", *_ratios(cells)]
+    parts = [
+        head,
+        *_summary(document["summary"]),
+        *_ignorance(document["ignorance"], document["summary"]),
+        "## Cell by cell\n",
+        *_ratios(cells),
+    ]
     for trace in dict.fromkeys(cell.trace for cell in cells):
         chosen = {cell: group for cell, group in cells.items() if cell.trace == trace}
         parts.append(f"## {trace}\n")
@@ -74,11 +82,51 @@ def _summary(summary: Mapping[str, Any]) -> Iterator[str]:
             for policy, found in summary["policies"].items()
         ),
     )
-    yield f"`{OURS}` against the best single baselines on each trace:\n"
+    yield f"`{OURS}` against the best single baselines, geometric means over the cells of each trace:\n"
+    yield _table(("trace", "cells", *_RATIOS.values()), _means(summary["traces"]))
+    yield "And where the gain comes from: the same over all cells alike in one thing.\n"
     yield _table(
-        ("", *_RATIOS.values()),
-        ((trace, *(f"{found[m]:.3f}" for m in MEASURES)) for trace, found in summary["traces"].items()),
+        ("", "cells", *_RATIOS.values()),
+        (line for key, found in summary["parts"].items() for line in _means(found, key)),
     )
+
+
+def _means(found: Mapping[str, Mapping[str, float]], key: str = "") -> Iterator[list[str]]:
+    for value, ratios in found.items():
+        yield [f"{key} {value}".strip(), str(ratios["cells"]), *(f"{ratios[m]:.3f}" for m in MEASURES)]
+
+
+def _ignorance(entries: Sequence[Entry], summary: Mapping[str, Any]) -> Iterator[str]:
+    if not entries:
+        return
+    yield "## What ignorance costs\n"
+    yield (
+        f"`{OURS}` against itself with exact state: load 0.8, one router. Above 1 is a loss for times, below 1 for goodput; in brackets the\n"
+        "lowest and the highest seed. *priors x2*: the router begins with step times twice too long, *half of priors*: those of every second\n"
+        "replica, which it takes for one kind with the others, as where equal labels hide that they are not equally fast. Of priors, scored\n"
+        f"is what comes after {LEARNED_AFTER} requests, or after half of a shorter window. *lengths known*: it is told how long\n"
+        "each answer will be, which is what better prediction of lengths could gain.\n"
+    )
+    yield _table(("mean TTFT", "worst", "geometric mean"), _kinds(summary))
+    yield _table(_IGNORANCE, map(_ignorant, entries))
+
+
+_IGNORANCE: Final = ("trace", "fleet", "what", *_RATIOS.values())
+
+
+def _ignorant(entry: Entry) -> list[str]:
+    ratios = []
+    for measure, key in RATIOS.items():
+        low, high = entry["spread"][measure]
+        ratios.append(f"{entry[key]:.3f} ({low:.2f} to {high:.2f})")
+    return [entry["trace"], entry["fleet"], entry["what"], *ratios]
+
+
+def _kinds(summary: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Each kind of ignorance that was measured, its worst ratio of mean TTFT and the geometric mean."""
+    for kind in KINDS:
+        if (worst := summary.get(f"{kind}_ttft_ratio")) is not None:
+            yield kind.replace("_", " "), f"{worst:.3f}", f"{summary[f'{kind}_ttft_geomean_ratio']:.3f}"
 
 
 def _ratios(cells: Mapping[Cell, Group]) -> Iterator[str]:
@@ -161,5 +209,24 @@ def console_summary(summary: Mapping[str, Any]) -> Iterator[str]:
     yield f"goodput         {summary['goodput_ratio']:.3f} of {summary['best_baseline_goodput']}; worst cell {summary['worst_cell_goodput_ratio']:.3f}: {summary['worst_cells']['goodput']}"
     if summary["clairvoyant_ttft_gap"] is not None:
         yield f"mean TTFT above the clairvoyant bound: at most {summary['clairvoyant_ttft_gap']:+.1%}"
-    for trace, found in summary["traces"].items():
-        yield f"  {trace:<14} TTFT {found['ttft_mean_s']:.3f}  end to end {found['e2e_mean_s']:.3f}  goodput {found['goodput']:.3f}"
+    for key, found in ({"trace": summary["traces"]} | summary["parts"]).items():
+        yield f"by {key}"
+        yield from map(_console_means, found.items())
+    for kind, worst, mean in _kinds(summary):
+        yield f"{kind:<17} TTFT {mean} of that with exact state, worst {worst}"
+
+
+def _console_means(found: tuple[str, Mapping[str, float]]) -> str:
+    value, means = found
+    ttft, e2e, goodput = (f"{means[m]:.3f}" for m in MEASURES)
+    return f"  {value:<14} TTFT {ttft}  end to end {e2e}  goodput {goodput}  ({means['cells']} cells)"
+
+
+def console_ignorance(entries: Sequence[Entry]) -> Table:
+    """Ours with less or more knowledge, over ours with exact state."""
+    grid = Table(title=f"{OURS} over itself with exact state, load 0.8", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in _IGNORANCE:
+        grid.add_column(name, no_wrap=True)
+    for entry in entries:
+        grid.add_row(*_ignorant(entry))
+    return grid

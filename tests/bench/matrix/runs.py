@@ -65,8 +65,17 @@ class Replay:
     """What all policies of a cell and a seed share."""
 
     scenario: Scenario
-    scored: frozenset[int]
-    """Places of the turns that count."""
+    order: tuple[int, ...]
+    """Places of the turns, as they come where nobody waits."""
+
+    @property
+    def scored(self) -> frozenset[int]:
+        """Places of the turns that count: all but the first tenth to come."""
+        return self.after(int(WARM_UP * len(self.order)))
+
+    def after(self, requests: int) -> frozenset[int]:
+        """Places of the turns that come after so many."""
+        return frozenset(self.order[requests:])
 
     @property
     def open_loop(self) -> bool:
@@ -93,13 +102,12 @@ def replay(job: Job) -> Replay:
         incidents=checked(incidents(cell.fault, job.seed % len(nodes) + 1, *moments), len(nodes)),
         seed=job.seed,
     )
-    return Replay(scenario, _scored(paced, speed_up))
+    return Replay(scenario, _order(paced, speed_up))
 
 
-def _scored(paced: Pace, speed_up: float) -> frozenset[int]:
+def _order(paced: Pace, speed_up: float) -> tuple[int, ...]:
     arrivals = paced.arrivals(speed_up)
-    order = sorted(range(len(arrivals)), key=lambda number: (arrivals[number], number))
-    return frozenset(order[int(WARM_UP * len(order)) :])
+    return tuple(sorted(range(len(arrivals)), key=lambda number: (arrivals[number], number)))
 
 
 def run(job: Job) -> Figures | float | None:
@@ -108,22 +116,23 @@ def run(job: Job) -> Figures | float | None:
         shared = replay(replace(job, policy=None))  # made once for all policies
         if job.policy is None:
             return floor_s(shared)
-        served = _served(shared, job.policy) if job.policy != CLAIRVOYANT else _bound(shared, job.evaluations)
+        served = serve(shared.scenario, job.policy) if job.policy != CLAIRVOYANT else _bound(shared, job.evaluations)
     except Exception as e:
         e.add_note(f"in {job.cell}, seed {job.seed}, {job.policy}")
         raise
     return None if served is None else figures(served, shared.scored, SLOS[SIZES[job.cell.fleet]])
 
 
-def _served(shared: Replay, policy: str) -> Sequence[Served]:
+def serve(scenario: Scenario, policy: str) -> Sequence[Served]:
+    """Every request of the scenario under that policy, a baseline too."""
     with installed():
-        return Cluster(shared.scenario, policy).run().served
+        return Cluster(scenario, policy).run().served
 
 
 def _bound(shared: Replay, evaluations: int) -> Sequence[Served] | None:
     if not shared.open_loop:
         return None
-    runs = [_served(shared, policy) for policy in _SEARCHED_FROM]
+    runs = [serve(shared.scenario, policy) for policy in _SEARCHED_FROM]
     return clairvoyant(shared.scenario, runs, shared.scored, evaluations)
 
 

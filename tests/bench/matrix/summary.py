@@ -22,6 +22,8 @@ Group = Mapping[str, Row]
 MEASURES: Final = ("ttft_mean_s", "e2e_mean_s", "goodput")
 GOODPUT_FLOOR: Final = 1e-3
 """Less counts as this much in ratios, or one cell in which nothing is in time would decide over all others."""
+PARTS: Final = ("fleet", "routers", "state", "fault")
+"""What cells are grouped by, to see where the gain comes from."""
 _KEYS: Final = tuple(f.name for f in fields(Cell))
 
 
@@ -77,7 +79,8 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
         "clairvoyant_ttft_gap": max((gap for _, gap in gaps), default=None),
         "clairvoyant_gaps": [{"cell": str(cell), "gap": gap} for cell, gap in gaps],
         "policies": {policy: _against_ours(cells.values(), policy) for policy in baselines(cells.values())},
-        "traces": by_trace(cells, best),
+        "traces": by("trace", cells, best),
+        "parts": {key: by(key, cells, best) for key in PARTS},
     }
 
 
@@ -89,7 +92,7 @@ def baselines(cells: Iterable[Group]) -> list[str]:
 def best_single(cells: Iterable[Group], measure: str) -> str:
     """The baseline with the best geometric mean over all cells."""
     every = list(cells)
-    return _best(measure, {p: _geomean(_value(c[p], measure) for c in every) for p in baselines(every)})
+    return _best(measure, {p: geomean(_value(c[p], measure) for c in every) for p in baselines(every)})
 
 
 def best_of(cell: Group, measure: str) -> str:
@@ -111,7 +114,7 @@ def ratio_spread(cell: Group, policy: str, other: str, measure: str) -> tuple[fl
 
 def mean_ratio(cells: Iterable[Group], policy: str, other: str, measure: str) -> float:
     """Geometric mean of the ratios."""
-    return _geomean(ratio(cell, policy, other, measure) for cell in cells)
+    return geomean(ratio(cell, policy, other, measure) for cell in cells)
 
 
 def worst_cell(cells: Mapping[Cell, Group], measure: str) -> tuple[float, Cell]:
@@ -129,11 +132,14 @@ def clairvoyant_gaps(cells: Mapping[Cell, Group]) -> list[tuple[Cell, float]]:
     ]
 
 
-def by_trace(cells: Mapping[Cell, Group], best: Mapping[str, str]) -> dict[str, dict[str, float]]:
-    """Geometric means of the cells of each trace, against the best single baselines of the whole matrix."""
+def by(key: str, cells: Mapping[Cell, Group], best: Mapping[str, str]) -> dict[str, dict[str, float]]:
+    """Geometric means of the cells alike in this, against the best single baselines of the whole matrix, and how many they are."""
+    alike: dict[str, list[Group]] = {}
+    for cell, group in cells.items():
+        alike.setdefault(str(getattr(cell, key)), []).append(group)
     return {
-        trace: {m: mean_ratio([g for c, g in cells.items() if c.trace == trace], OURS, best[m], m) for m in MEASURES}
-        for trace in dict.fromkeys(cell.trace for cell in cells)
+        value: {"cells": len(chosen)} | {m: mean_ratio(chosen, OURS, best[m], m) for m in MEASURES}
+        for value, chosen in alike.items()
     }
 
 
@@ -144,7 +150,11 @@ def _against_ours(cells: Iterable[Group], policy: str) -> dict[str, float]:
 
 
 def _value(figures: Mapping[str, Any], measure: str) -> float:
-    value = float(figures[measure])
+    return valued(measure, float(figures[measure]))
+
+
+def valued(measure: str, value: float) -> float:
+    """As it counts in ratios."""
     return max(value, GOODPUT_FLOOR) if measure == "goodput" else value
 
 
@@ -157,5 +167,6 @@ def _first_best(found: Sequence[tuple[float, Cell]], choose: Callable[[Iterable[
     return next(each for each in found if each[0] == extreme)
 
 
-def _geomean(values: Iterable[float]) -> float:
+def geomean(values: Iterable[float]) -> float:
+    """Of positive numbers."""
     return math.exp(fmean(math.log(value) for value in values))

@@ -84,13 +84,11 @@ def test_costs_closer_than_a_millisecond_are_equal_and_go_by_the_head_of_the_pro
         assert {preferred(made, request(text(2000, n), output=0)) for n in range(20)} == expected
 
 
-def test_a_few_siblings_of_one_instant_share_one_prefill_and_many_do_not_pile_up() -> None:
-    """The prefill of the first takes as long wherever it runs, and the others find it cached."""
-    for siblings, expected in ((5, 1), (20, 2), (200, 4)):
+def test_siblings_of_one_instant_do_not_all_pile_up_on_one() -> None:
+    for siblings, replicas_used in ((10, 2), (200, 4)):
         made = router(5)
         counts = Counter(chosen(made, request(text(40_000, 1), output=100)) for _ in range(siblings))
-        assert len(counts) >= expected
-        assert expected > 1 or len(counts) == 1
+        assert len(counts) >= replicas_used
 
 
 def test_the_turns_of_a_session_stay_and_spill_under_load() -> None:
