@@ -60,5 +60,5 @@ ROUTING = $(BIN)/python -m tests.bench.routing $(if $(TRACES),--traces $(TRACES)
 bench-routing: $(READY)  ## routing policies on one matrix of workloads, under 15 minutes on 2 cores; more traces with TRACES=/path
 	$(ROUTING)
 
-bench-routing-full: $(READY)  ## the whole matrix, which takes days; a part of it with ONLY=trace=chat,load=0.9
-	$(ROUTING) --full
+bench-routing-full: $(READY)  ## the whole matrix, which takes days; a part of it with ONLY=trace=chat,load=0.9, or drawn by lot with SAMPLE=63
+	$(ROUTING) $(if $(SAMPLE),--sample $(SAMPLE),--full)

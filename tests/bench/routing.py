@@ -2,8 +2,8 @@
 
 Traces x load x cache x state of knowledge x routers x fleets x failures; `tests/bench/matrix` says what each of them is, and how
 load, floor and windows are defined. The quick matrix varies one thing at a time over three seeds; `make bench-routing-full`
-runs the whole product over five, for which `--only trace=chat,load=0.9` picks a part. The results do not depend on the number of
-processes.
+runs the whole product over five, for which `--only trace=chat,load=0.9` picks a part, and `--sample 63` draws so many of its cells
+by lot and replays them as quickly as the quick matrix. The results do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -217,6 +217,11 @@ def _parser() -> argparse.ArgumentParser:
         description="compare routing policies in virtual time; prints a table, writes JSON"
     )
     parser.add_argument("--full", action="store_true", help="the whole product of settings, longer windows, five seeds")
+    parser.add_argument(
+        "--sample",
+        type=int,
+        help="so many cells of the whole product, drawn by lot (the same each time), in windows of the quick matrix",
+    )
     parser.add_argument("--traces", type=Path, help=f"folder with {', '.join(RECORDED.values())}")
     parser.add_argument("--trace", type=Path, action="append", default=[], help="a further trace file; repeatable")
     parser.add_argument("--only", action="append", default=[], help="cells such as trace=chat,load=0.9; repeatable")
@@ -238,7 +243,7 @@ def _plan(options: argparse.Namespace) -> Plan:
     }
     effort = replace(effort, **given)
     found = sources(effort, options.traces, options.trace)
-    every = (cells.full if options.full else cells.quick)(list(found))
+    every = _cells(options, list(found))
     chosen = cells.only(every, options.only)
     if not chosen:
         raise CellError(f"no cell is left by --only; there are {len(every)}, such as {every[0]}")
@@ -248,6 +253,12 @@ def _plan(options: argparse.Namespace) -> Plan:
     seeds = range(1, effort.seeds + 1)
     ignorant = cells.only(ignorance.bases(found), options.only)
     return Plan(found, chosen, (OURS, *others), seeds, effort.evaluations, ignorant)
+
+
+def _cells(options: argparse.Namespace, traces: Sequence[str]) -> list[Cell]:
+    if options.sample is not None:
+        return cells.sample(traces, options.sample)
+    return (cells.full if options.full else cells.quick)(traces)
 
 
 def _say(console: Console, plan: Plan, options: argparse.Namespace) -> None:

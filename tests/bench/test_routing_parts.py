@@ -20,7 +20,7 @@ from extproc.sim.simulate_report import Slo
 from extproc.sim.traces import Trace, TraceError, Turn
 from tests.bench import routing
 from tests.bench.matrix import ignorance, page
-from tests.bench.matrix.cells import LOADS, SLOS, STATES, Cell, CellError, fleet, full, incidents, only, quick
+from tests.bench.matrix.cells import LOADS, SLOS, STATES, Cell, CellError, fleet, full, incidents, only, quick, sample
 from tests.bench.matrix.load import LoadError, Pace, pace, saturation_per_s
 from tests.bench.matrix.nominal import IdealCache, nominal
 from tests.bench.matrix.runs import CLAIRVOYANT, OURS, Figures, Job, Replay, bounded, figures, floor_s, replay, run
@@ -544,3 +544,13 @@ def test_the_command_of_the_page_names_no_folder_of_the_machine() -> None:
 
 def test_what_is_infinite_becomes_null() -> None:
     assert routing._finite({"a": [math.inf, 1 / 3], "b": 2}) == {"a": [None, 0.333333], "b": 2}
+
+
+def test_a_sample_of_the_product_is_the_same_each_time_and_fair_to_traces() -> None:
+    chosen = sample(["chat", "hot", "unshared"], 20)
+    assert chosen == sample(["chat", "hot", "unshared"], 20)
+    assert [sum(c.trace == t for c in chosen) for t in ("chat", "hot", "unshared")] == [7, 7, 6]
+    assert len(set(chosen)) == 20
+    assert set(chosen) <= set(full(["chat", "hot", "unshared"]))
+    assert len({c.fleet for c in chosen}) == 2
+    assert len({c.routers for c in chosen}) == 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import product
+from random import Random
 from typing import Final
 
 from extproc.sim import fleet_spec
@@ -114,8 +115,24 @@ def _quick(trace: str, large_model: bool) -> Iterator[Cell]:
 
 def full(traces: Sequence[str]) -> list[Cell]:
     """The whole product, and what the quick one has beside it."""
-    every = product(traces, LOADS, CACHES, STATES, (1, 2, 4), ("equal", "mixed"), FAULTS)
-    return list(dict.fromkeys([*(Cell(*each) for each in every), *quick(traces)]))
+    return list(dict.fromkeys([*(Cell(*each) for each in _product(traces)), *quick(traces)]))
+
+
+def sample(traces: Sequence[str], size: int) -> list[Cell]:
+    """So many of the whole product, drawn by lot: the same each time, and each trace as often as another.
+
+    The quick matrix looks mostly at what is usual; this shows what the whole one would, in minutes.
+    """
+    rng, chosen = Random("sample of cells"), []
+    for place, trace in enumerate(traces):
+        every = [Cell(*each) for each in _product([trace])]
+        share = size // len(traces) + (place < size % len(traces))
+        chosen += rng.sample(every, min(share, len(every)))
+    return chosen
+
+
+def _product(traces: Sequence[str]) -> Iterator[tuple[str, float, str, str, int, str, str]]:
+    yield from product(traces, LOADS, CACHES, STATES, (1, 2, 4), ("equal", "mixed"), FAULTS)
 
 
 def only(cells: Sequence[Cell], filters: Sequence[str]) -> list[Cell]:
