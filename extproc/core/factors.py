@@ -13,6 +13,8 @@ import math
 from collections.abc import Hashable
 from typing import Final
 
+from extproc.core.tokens import Bounded
+
 SURPRISE: Final = math.log(8.0)
 """An observation further off than this, as a logarithm, is clipped to it: one stalled request must not set a factor."""
 _LIMIT: Final = math.log(50.0)
@@ -21,6 +23,8 @@ _DOUBT: Final = 2.2
 """So far off on average, in standard deviations, over the last ten or so observations: then the factor has changed."""
 _DOUBTFUL: Final = 0.3
 """How unsure a part is then, as a standard deviation."""
+_KINDS: Final = 256
+"""Kinds of replicas that are remembered: labels come from discovery, so their number has no bound of its own."""
 _FADE_S: Final = 200.0
 """What sets one replica apart is forgotten over about so many seconds, unless it shows again."""
 
@@ -65,11 +69,11 @@ class Parts:
 
     def __init__(self) -> None:
         self._pool = Part(0.5, 0.01)
-        self._kinds: dict[Hashable, Part] = {}
+        self._kinds: Bounded[Hashable, Part] = Bounded(_KINDS)
 
     def factor(self, kind: Hashable) -> Factor:
         """That of a new replica of this kind."""
-        return Factor(self._pool, self._kinds.setdefault(kind, Part(0.3, 0.005)))
+        return Factor(self._pool, self._kinds.learned(kind, lambda: Part(0.3, 0.005)))
 
 
 class Factor:

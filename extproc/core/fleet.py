@@ -117,7 +117,8 @@ class Member:
         """Take in a scrape. True if the engine restarted since the last one: a counter went back, or nothing listened."""
         before, elapsed_s = self.sample, math.inf if self.sampled_at is None else now - self.sampled_at
         self.sample, self.sampled_at = sample, now
-        self.speed.fade(elapsed_s)
+        if before is not None:
+            self.speed.fade(elapsed_s)
         restarted = self.down or (before is not None and _went_back(before, sample))
         self.down, self.late_scrapes, self.suspect_until = False, 0, now
         if sample.running is not None and sample.waiting is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import os
 import re
 import tempfile
 import time
@@ -13,7 +12,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import aiohttp
 
@@ -21,7 +20,7 @@ from extproc.adapters.engines import ENGINES
 from extproc.core.steptime import StepTime
 from extproc.sim.engine import EngineConfig
 from tests.bench.sim_vllm_plan import Ask, Content, Dispatch, Plan, chained
-from tests.e2e.vllm import ENVIRONMENT, OPTIONS, Vllm, paths
+from tests.e2e.vllm import Vllm
 
 STEP_TIME: Final = StepTime(c0=4e-3, w=5e-4, g=3e-5, a=1e-9, k=1e-7, s=3e-4)
 """Of that model on one core, roughly: where the fit starts."""
@@ -79,7 +78,9 @@ async def replicas() -> AsyncIterator[Served]:
     """Two of our own, named by VLLM and MODEL as for `make test-vllm`."""
     async with AsyncExitStack() as exits:
         directory = Path(exits.enter_context(tempfile.TemporaryDirectory()))
-        both = [await exits.enter_async_context(LoggingVllm(directory)) for _ in range(2)]
+        both = [
+            await exits.enter_async_context(Vllm(directory, "--enable-logging-iteration-details")) for _ in range(2)
+        ]
         await asyncio.gather(*(r.ready() for r in both))
         yield Served([r.url for r in both], [r.log for r in both])
 
@@ -210,24 +211,3 @@ def idle(log: str) -> bool:
     """Whether the last step that was logged left nothing behind, so that the log is complete."""
     steps = [line for line in log[-10_000:].splitlines() if _ITERATION.search(line)]
     return bool(steps) and steps[-1].endswith(_NOTHING_LEFT)
-
-
-class LoggingVllm(Vllm):
-    """A replica that logs its steps."""
-
-    async def __aenter__(self) -> Self:
-        command, model = paths()
-        with self.log.open("wb") as log:
-            self._process = await asyncio.create_subprocess_exec(
-                *(command, "serve", model, "--port", str(self.port), *OPTIONS, "--enable-logging-iteration-details"),
-                env={**os.environ, **ENVIRONMENT},
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        return self
-
-    @property
-    def log(self) -> Path:
-        """What it writes."""
-        return self._log

@@ -55,9 +55,11 @@ def paths() -> tuple[Path, Path]:
 class Vllm:
     """One replica, in a process group of its own: the server, and its engine as a child of that."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *options: str) -> None:
+        """`options`: for its command line, beside those of all."""
         self.port = free_port()
-        self._log = directory / f"vllm-{self.port}.log"
+        self.log = directory / f"vllm-{self.port}.log"
+        self._options = options
         self._process: asyncio.subprocess.Process | None = None
 
     def __repr__(self) -> str:
@@ -73,9 +75,9 @@ class Vllm:
 
     async def __aenter__(self) -> Self:
         command, model = paths()
-        with self._log.open("wb") as log:
+        with self.log.open("wb") as log:
             self._process = await asyncio.create_subprocess_exec(
-                *(command, "serve", model, "--port", str(self.port), *OPTIONS),
+                *map(str, (command, "serve", model, "--port", self.port, *OPTIONS, *self._options)),
                 env={**os.environ, **ENVIRONMENT},
                 stdout=log,
                 stderr=log,
@@ -102,7 +104,7 @@ class Vllm:
 
     async def _healthy(self, http: aiohttp.ClientSession) -> bool:
         assert self._process is not None
-        assert self._process.returncode is None, self._log.read_text(errors="replace")[-3000:]
+        assert self._process.returncode is None, self.log.read_text(errors="replace")[-3000:]
         try:
             async with http.get(f"{self.url}/health") as response:
                 return response.status == 200

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 
 from extproc.core.flights import Flight, Load
@@ -40,14 +41,8 @@ class ActiveBlocks:
     def added_bytes(self, blocks: Blocks, prompt_bytes: int | None) -> int:
         """Bytes of the prompt that are not in flight there. Chains share heads only, so the last one known tells it."""
         hashes, counts = blocks.hashes, self._counts
-        low, high = 0, len(hashes)
-        while low < high:
-            middle = (low + high) // 2
-            if hashes[middle] in counts:
-                low = middle + 1
-            else:
-                high = middle
-        return (prompt_bytes or 0) - (blocks.ends[low - 1] if low else 0)
+        depth = bisect_left(hashes, True, key=lambda block: block not in counts)
+        return (prompt_bytes or 0) - (blocks.ends[depth - 1] if depth else 0)
 
     def _remove(self, hashes: tuple[int, ...]) -> None:
         counts = self._counts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -65,14 +66,7 @@ class Tree:
     def _depth(self, hashes: tuple[int, ...]) -> int:
         """How many blocks of the chain are known."""
         known = self._blocks
-        low, high = 0, len(hashes)
-        while low < high:
-            middle = (low + high) // 2
-            if hashes[middle] in known:
-                low = middle + 1
-            else:
-                high = middle
-        return low
+        return bisect_left(hashes, True, key=lambda block: block not in known)
 
 
 @dataclass(slots=True)
