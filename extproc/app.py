@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from dataclasses import fields
 from random import Random
 from typing import Any
 
@@ -25,8 +26,10 @@ from extproc.adapters.engines import ENGINES
 from extproc.adapters.metrics import FleetCollector, RouterMetrics, ServerCollector
 from extproc.adapters.recorder import Recorder
 from extproc.adapters.scraping import Scraper, Target
-from extproc.config import Config, PoolConfig
+from extproc.config import Config, PoolConfig, Section
+from extproc.core.admission.settings import QueueSettings
 from extproc.core.fleet import Readiness
+from extproc.core.health.settings import HealthSettings
 from extproc.core.observers import Ended, Quiet, Several
 from extproc.core.router import PoolSettings, Router
 from extproc.core.types import Change, Decision, End, Fact, NotSampled, Reset, Sampled
@@ -100,9 +103,9 @@ class App:
         await self._start_grpc()
         log.info("serving: %s", self.router)
 
-    async def stop(self, grace_s: float = 5.0) -> None:
+    async def stop(self, grace_s: float | None = None) -> None:
         """End what was started, last first, also after a start that failed. Envoy goes on with the members it has."""
-        await self._server.stop(grace_s)
+        await self._server.stop(self.config.shutdown_grace_s if grace_s is None else grace_s)
         if self._web is not None:
             await self._web.cleanup()
         for task in self._tasks:
@@ -137,6 +140,7 @@ class App:
 
     def _learn(self, fact: Fact) -> None:
         self.router.learn(fact, self._clock())
+        self._server.holding.poke()
         if isinstance(fact, Sampled):
             self.metrics.scrapes.labels(fact.pool, "ok").inc()
         elif isinstance(fact, NotSampled):
@@ -176,6 +180,7 @@ class App:
                     await self._members_changed.wait()
             self._members_changed.clear()
             self.router.expire(self._clock())
+            self._server.holding.poke()
             self._write_endpoints()
 
     def _write_endpoints(self, strict: bool = False) -> None:
@@ -244,7 +249,14 @@ def settings(pool: PoolConfig) -> PoolSettings:
         policy_options=pool.policy_options,
         scraped=pool.engine != "none",
         stale_after_s=pool.scrape.stale_after_s,
+        health=HealthSettings(**_shared(HealthSettings, pool.health)),
+        queue=QueueSettings(**_shared(QueueSettings, pool.queue)),
     )
+
+
+def _shared(record: type[Any], section: Section) -> dict[str, Any]:
+    """The values of a section that the core's settings name as well."""
+    return {field.name: getattr(section, field.name) for field in fields(record)}
 
 
 def _health(readiness: Readiness) -> Health:

@@ -74,6 +74,8 @@ class ReplicaConfig(Section):
     """`gpu` (a100, h100, h200, ...), `tp`, `pp`, `model_size` (8b, 70b, ...) give the prior of its speed; `max_tokens_per_s` its capacity for `token_aware`. Learning replaces the prior."""
     weight: float = Field(default=1.0, gt=0)
     """Share of traffic under the `weighted` policy."""
+    drain: bool = False
+    """Send nothing new there; what runs there may finish. The label `drain: "true"` means the same."""
 
     @model_validator(mode="before")
     @classmethod
@@ -131,6 +133,66 @@ class UsageConfig(Section):
     """Add `stream_options.include_usage` to streaming requests that lack it. The extra chunk is taken out again in Envoy, so the client sees only what it asked for."""
 
 
+class Health(Section):
+    """When a replica is out, and when it is back. Requests of clients count as evidence beside the checks; 4xx and refusals of extproc never do."""
+
+    interval_s: Seconds = 10.0
+    """Seconds between checks of a replica that seems well."""
+    doubt_interval_s: Seconds = 0.5
+    """Seconds between checks of one that does not."""
+    timeout_s: float = Field(default=3.0, gt=1.0)
+    """Seconds to wait for an answer. Above 1: a busy engine answers late."""
+    path: str = Field(default="/health", pattern=r"^/")
+    """Liveness: 200 there says that the process is alive. Readiness is a model in the list of `/v1/models`."""
+    deep_interval_s: float | None = Field(default=None, gt=0)
+    """Seconds between checks that generate one token, on a replica that is idle. null for none."""
+    failures: int = Field(default=3, ge=1)
+    """Checks, or requests, that fail in a row before a replica is taken out."""
+    successes: int = Field(default=2, ge=1)
+    """That succeed in a row before it is back."""
+    window_s: Seconds = 30.0
+    """Seconds over which the share of failed requests is taken."""
+    failure_rate: float = Field(default=0.5, gt=0, le=1)
+    """Share of failed requests in the window above which a replica is taken out."""
+    min_requests: int = Field(default=10, ge=1)
+    """Requests in the window below which their share says nothing."""
+    open_s: Seconds = 1.0
+    """Seconds for which a replica is out after requests failed; then it gets one request on trial. They double with each trial that fails."""
+    max_open_s: Seconds = 60.0
+    """Longest time out between two trials, seconds."""
+    suspect_s: Seconds = 2.0
+    """After a single failure a replica is passed over for so many seconds, or until it is heard of again."""
+    hang_s: Seconds = 5.0
+    """Least seconds without any sign of work, while there is work, after which a replica counts as hung."""
+    hang_factor: float = Field(default=3.0, ge=1)
+    """A first token is overdue after so many times the predicted time, but not before `hang_s`."""
+    slow_start_s: float = Field(default=10.0, ge=0)
+    """Seconds in which a new or returned replica grows into its full share; 0 for at once."""
+
+
+class Queue(Section):
+    """Late binding: requests that would wait on any replica wait here instead, in order of priority, fair between tenants, and are placed when there is room."""
+
+    enabled: bool = True
+    """false: every request is placed at once, and waits in the engine."""
+    hold_above_s: Seconds = 0.5
+    """A request is held while every candidate would let it wait for longer than so many seconds. Lower gives the order here more to say, higher keeps replicas busy when news of them is late."""
+    max_requests: int = Field(default=1000, ge=1)
+    """Most requests held; beyond, the one that would go last is refused with 429."""
+    max_bytes: int = Field(default=256 * 1024 * 1024, ge=1024)
+    """Most bytes of bodies held; beyond, likewise."""
+    max_wait_s: float = Field(default=30.0, gt=0, le=3600)
+    """Longest wait in seconds; then 429. Clients with `x-slo-ttft-ms` may ask for less."""
+    absent_wait_s: float = Field(default=10.0, ge=0, le=3600)
+    """Longest wait in seconds while no replica can be reached; then 503. 0: at once."""
+    starved_after_s: Seconds = 5.0
+    """Against starvation: a request that waited for so many seconds may go before those of higher priority,"""
+    starved_share: float = Field(default=0.1, ge=0, lt=1)
+    """as long as such requests get at most this share of the tokens sent off. 0 makes priority absolute."""
+    ageing: float = Field(default=0.1, ge=0)
+    """Of one tenant the shortest prefill goes first; each second of waiting counts as so many seconds of prefill less. 0 never lets long prompts catch up, large values are first come, first served."""
+
+
 class PoolConfig(Section):
     """Replicas that serve the same models."""
 
@@ -151,6 +213,8 @@ class PoolConfig(Section):
     labels: dict[str, str] = {}
     """Labels that every replica of the pool has unless it says otherwise."""
     scrape: Scrape = Scrape()
+    health: Health = Health()
+    queue: Queue = Queue()
     usage: UsageConfig = UsageConfig()
 
     @model_validator(mode="before")
@@ -176,6 +240,16 @@ class Requests(Section):
 
     max_body_bytes: int = Field(default=32 * 1024 * 1024, ge=1024)
     """Largest request body in bytes; above it the client gets 413."""
+    max_buffered_bytes: int = Field(default=512 * 1024 * 1024, ge=1024)
+    """Most bytes of request bodies in this process at one time, held ones included; beyond, further requests are refused with 503."""
+    max_json_depth: int = Field(default=128, ge=8, le=1000)
+    """Deepest nesting of a request body; above it the client gets 400."""
+    max_prompt_blocks: int = Field(default=1024, ge=16, le=1024)
+    """Most blocks of a prompt that are hashed; what comes after them is not looked up in the prefix index."""
+    large_body_bytes: int = Field(default=256 * 1024, ge=1024)
+    """A body above this many bytes is read in a process of its own, so that it does not stall others."""
+    max_flights: int = Field(default=100_000, ge=1)
+    """Most requests in flight; beyond, further ones are refused with 503."""
     session_header: str = "x-session-id"
     """Header that names a session, for `session_affinity`. Stripped before the replica."""
     tenant_header: str | None = None
@@ -235,6 +309,14 @@ class Config(Section):
     requests: Requests = Requests()
     envoy: EnvoyConfig = EnvoyConfig()
     inspect: Inspect = Inspect()
+    shutdown_grace_s: float = Field(default=30.0, gt=0)
+    """Seconds after SIGTERM in which held requests and open answers may finish. Give the orchestrator a few seconds more."""
+
+    @property
+    def hold_limit_s(self) -> float:
+        """Longest time for which a request may be kept, with some seconds for what surrounds the wait."""
+        waits = (max(p.queue.max_wait_s, p.queue.absent_wait_s) for p in self.pools if p.queue.enabled)
+        return max(waits, default=0.0) + 5.0
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:

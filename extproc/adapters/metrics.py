@@ -15,7 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from extproc.core.fleet import Readiness
-from extproc.core.observers import Ended
+from extproc.core.observers import Ended, Quiet
 from extproc.core.router import Router
 from extproc.core.types import Decision, End, Outcome, Reject
 
@@ -26,8 +26,8 @@ RATIO = (0.1, 0.25, 0.5, 0.75, 0.9, 1.1, 1.25, 1.5, 2.0, 4.0, 10.0)
 DECIDING = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 5e-2)
 
 
-class RouterMetrics:
-    """Observer of a router; see `extproc.core.router.Observer`."""
+class RouterMetrics(Quiet):
+    """Observer of a router."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Protocol
 
 from extproc.core.flights import Flight
+from extproc.core.health.states import Reason, State
 from extproc.core.record import record
-from extproc.core.types import Decision, Outcome, Reject
+from extproc.core.types import Decision, Outcome, Reject, Route
 
 
 @record
@@ -21,6 +22,36 @@ class Ended:
     """Reported, or estimated from the size of the response; None when there is nothing to go by."""
 
 
+@record
+class Held:
+    """A request that waits here."""
+
+    pool: str
+    ticket: str
+    priority: int
+    tenant: str | None
+
+
+@record
+class Waited:
+    """The end of a wait: routed, refused or, where `verdict` is None, left by its client."""
+
+    held: Held
+    waited_s: float
+    verdict: Route | Reject | None
+
+
+@record
+class HealthChanged:
+    """A replica went from one state to another."""
+
+    pool: str
+    address: str
+    before: State
+    after: State
+    reason: Reason
+
+
 class Observer(Protocol):
     """Whoever wants to know: metrics, the recorder of decisions, tests."""
 
@@ -33,6 +64,12 @@ class Observer(Protocol):
     def unknown_flight(self, outcome: Outcome) -> None: ...
 
     def left(self, pool: str, address: str) -> None: ...
+
+    def held(self, held: Held) -> None: ...
+
+    def waited(self, waited: Waited) -> None: ...
+
+    def health_changed(self, change: HealthChanged) -> None: ...
 
 
 class Quiet:
@@ -52,6 +89,15 @@ class Quiet:
 
     def left(self, pool: str, address: str) -> None:
         """A replica is no longer a member."""
+
+    def held(self, held: Held) -> None:
+        """A request waits."""
+
+    def waited(self, waited: Waited) -> None:
+        """A wait ended."""
+
+    def health_changed(self, change: HealthChanged) -> None:
+        """A replica is in another state."""
 
 
 class Several(Quiet):
@@ -79,3 +125,15 @@ class Several(Quiet):
     def left(self, pool: str, address: str) -> None:
         for observer in self._observers:
             observer.left(pool, address)
+
+    def held(self, held: Held) -> None:
+        for observer in self._observers:
+            observer.held(held)
+
+    def waited(self, waited: Waited) -> None:
+        for observer in self._observers:
+            observer.waited(waited)
+
+    def health_changed(self, change: HealthChanged) -> None:
+        for observer in self._observers:
+            observer.health_changed(change)

@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Final
 
+from extproc.core.admission.settings import QueueSettings
 from extproc.core.fleet import Fleet, Member
 from extproc.core.flights import Flight, Ledger
+from extproc.core.health.settings import HealthSettings
 from extproc.core.observers import Ended, Observer, Quiet
 from extproc.core.policies import Policy, create
 from extproc.core.prediction import Ask, company, predict
@@ -38,6 +40,7 @@ from extproc.core.types import (
     Sampled,
     Scored,
     Serves,
+    Turn,
     Usage,
     Verdict,
 )
@@ -59,6 +62,8 @@ class PoolSettings:
     scraped: bool = True
     """Whether samples are to be expected; without, members count as ready at once."""
     stale_after_s: float = 10.0
+    health: HealthSettings = field(default_factory=HealthSettings)
+    queue: QueueSettings = field(default_factory=QueueSettings)
 
 
 class Pool:
@@ -180,6 +185,24 @@ class Router:
         self._rng.setstate(state)
         prediction = predict(ask, ranking.order[0][1], now)
         return self._decision("", pool, ask, ranking.reason, ranking.order, prediction, now, listed=len(members))
+
+    def turns(self, now: float) -> list[Turn]:
+        """The waits that end now: routed, reserved like those of `arrive`, or refused. To be asked after every call that
+        may free or take a place, and at `next_wakeup`; nothing held costs nothing.
+        """
+        return []
+
+    def release(self, now: float) -> list[Turn]:
+        """All waits end now, each with the best replica that there is, however long its queue: this process stops."""
+        return []
+
+    @property
+    def holding(self) -> int:
+        """Requests held."""
+        return 0
+
+    def leave(self, ticket: str, now: float) -> None:
+        """The client of a held request left. Tickets that do not wait change nothing."""
 
     def finish(self, flight_id: str, outcome: Outcome, now: float) -> None:
         """A flight ended. Ids that are not open are counted and change nothing: late, doubled, or another process's."""

@@ -32,6 +32,8 @@ class Replica:
     """Free labels; `gpu`, `tp`, `pp` and `model_size` give the prior of its speed, `max_tokens_per_s` its capacity."""
     weight: float = 1.0
     """Share for the `weighted` policy."""
+    drain: bool = False
+    """Whoever lists it wants it to get nothing new."""
 
 
 @record
@@ -66,6 +68,10 @@ class Request:
     """Keyed hash of whoever asks; None when unknown."""
     priority: int = 0
     """Higher goes first."""
+    slo_ttft_s: float | None = None
+    """The client wants its first token within so long, and a refusal at once where that cannot be; None where it waits."""
+    body_bytes: int = 0
+    """What holding it takes up."""
     subset: frozenset[str] | None = None
     """Only these endpoints (`ip:port` or `ip`) may be chosen; None is no restriction, empty is none allowed."""
 
@@ -135,6 +141,8 @@ class Outcome:
     duration_s: float | None = None
     response_bytes: int | None = None
     usage: Usage | None = None
+    broken: bool = False
+    """The body said under status 200 that it failed: an error event in a stream, or `finish_reason: abort`."""
 
 
 # --- facts: `Router.learn(fact, now)` ---------------------------------------------------------------------------------
@@ -214,7 +222,43 @@ class Progressed:
     response_bytes: int
 
 
-Fact = Change | Sampled | NotSampled | Serves | Progressed
+class Probe(StrEnum):
+    """What an active check asks of a replica; also a metric label."""
+
+    LIVE = "live"  # the process answers `/health`
+    READY = "ready"  # the model is listed
+    DEEP = "deep"  # one token is generated
+
+
+@record
+class Probed:
+    """An active check came back."""
+
+    pool: str
+    address: str
+    probe: Probe
+    ok: bool
+
+
+@record
+class DrainAsked:
+    """Somebody wants the replica to get nothing new; what runs there may finish."""
+
+    pool: str
+    address: str
+    within_s: float | None = None
+    """The replica ends so many seconds from now whatever runs there (a spot notice); None where it waits."""
+
+
+@record
+class DrainEnded:
+    """The replica shall get requests again."""
+
+    pool: str
+    address: str
+
+
+Fact = Change | Sampled | NotSampled | Serves | Progressed | Probed | DrainAsked | DrainEnded
 
 
 # --- verdicts ---------------------------------------------------------------------------------------------------------
@@ -226,6 +270,13 @@ class Refusal(StrEnum):
     UNKNOWN_MODEL = "unknown_model"
     NO_REPLICAS = "no_replicas"  # the pool has no member at all
     SUBSET_EMPTY = "subset_empty"  # the subset hint leaves no candidate
+    ABSENT = "absent"  # members there are, but none that anything can be sent to, for as long as it was held
+    QUEUE_FULL = "queue_full"  # too many requests, or bytes, are held already
+    DISPLACED = "displaced"  # held, and given up for one that goes before it
+    DEADLINE = "deadline"  # held for as long as may be, and its turn did not come
+    SLO = "slo"  # its first token cannot come within the time that the client set
+    STOPPING = "stopping"  # held, and this process ends
+    OVERLOADED = "overloaded"  # too much is in flight, or being read, for this process
 
 
 @record
@@ -302,6 +353,25 @@ class Reject:
     refusal: Refusal
     model: str | None = None
     known_models: tuple[str, ...] = ()
+    retry_after_s: float | None = None
+    """When to come again, by the rate at which the queue drains; None where nothing tells."""
 
 
-Verdict = Route | Reject
+@record
+class Wait:
+    """Keep it: its turn comes by `Router.turns`, or `Router.leave` ends its wait."""
+
+    ticket: str
+    deadline: float
+    """By then its turn has come, or its refusal."""
+
+
+Verdict = Route | Wait | Reject
+
+
+@record
+class Turn:
+    """The end of a wait."""
+
+    ticket: str
+    verdict: Route | Reject

@@ -13,6 +13,7 @@ from google.protobuf.struct_pb2 import Struct, Value
 
 from extproc.core.record import record
 from extproc.envoy.exchange import (
+    AskForTime,
     BodyArrived,
     Command,
     Continue,
@@ -207,6 +208,12 @@ def _echo_body(command: EchoBody) -> bytes:
     return response.SerializeToString()
 
 
+def _ask_for_time(command: AskForTime) -> bytes:
+    response = pb.ProcessingResponse()
+    response.override_message_timeout.FromNanoseconds(round(command.up_to_s * 1e9))
+    return response.SerializeToString()
+
+
 def _respond(command: Respond) -> bytes:
     error = command.error
     response = pb.ProcessingResponse()
@@ -220,6 +227,7 @@ def _respond(command: Respond) -> bytes:
 
 
 WRITERS: Mapping[type[Command], Callable[[Any], bytes]] = {  # each takes the command under which it stands
+    AskForTime: _ask_for_time,
     Continue: _continue,
     SetDestination: _set_destination,
     EchoBody: _echo_body,

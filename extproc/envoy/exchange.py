@@ -159,7 +159,14 @@ class Ended:
     """The proxy ended the RPC, by EOF or by cancelling it, or it broke."""
 
 
-Event = HeadersArrived | BodyArrived | TrailersArrived | ResponseArrived | Decided | Delivered | Ended
+@record
+class Delayed:
+    """The decision takes longer than the proxy waits by itself."""
+
+    up_to_s: float
+
+
+Event = HeadersArrived | BodyArrived | TrailersArrived | ResponseArrived | Delayed | Decided | Delivered | Ended
 
 DELIVERED = Delivered()
 ENDED = Ended()
@@ -206,6 +213,13 @@ class EchoBody:
 
 
 @record
+class AskForTime:
+    """Have the proxy wait so long for the answer. Once a stream at most: Envoy 1.40 ignores a second one, and then gives up."""
+
+    up_to_s: float
+
+
+@record
 class Respond:
     """Answer the client in place of a replica."""
 
@@ -224,7 +238,7 @@ class Close:
     """End the RPC with OK."""
 
 
-Command = Continue | Decide | SetDestination | EchoBody | Respond | Abandon | Close
+Command = Continue | Decide | AskForTime | SetDestination | EchoBody | Respond | Abandon | Close
 Commands = Sequence[Command]
 
 CLOSE = Close()
@@ -255,8 +269,10 @@ LEGAL: Mapping[str, frozenset[type[Event]]] = {
     "starting": frozenset({HeadersArrived, BodyArrived, TrailersArrived, ResponseArrived, Ended}),
     "buffering": frozenset({BodyArrived, TrailersArrived, ResponseArrived, Ended}),
     "holding": frozenset({BodyArrived, TrailersArrived, ResponseArrived, Ended}),
-    "deciding": frozenset({Decided, Ended}),  # nothing is read meanwhile: gRPC's flow control holds what streams on
-    "orphaned": frozenset({Decided}),
+    "deciding": frozenset(
+        {Delayed, Decided, Ended}
+    ),  # nothing is read meanwhile: gRPC's flow control holds what streams on
+    "orphaned": frozenset({Delayed, Decided}),
     "passing": frozenset({Delivered, BodyArrived, TrailersArrived, ResponseArrived, Ended}),
     "responding": frozenset({Delivered, BodyArrived, TrailersArrived, ResponseArrived, Ended}),
     "over": frozenset({Delivered, HeadersArrived, BodyArrived, TrailersArrived, ResponseArrived, Ended}),
@@ -273,6 +289,7 @@ class Exchange:
     """One stream, from its headers to its close."""
 
     __slots__ = (
+        "_asked",
         "_chunks",
         "_duplex_response",
         "_flight",
@@ -297,6 +314,7 @@ class Exchange:
         self._chunks: list[bytes] = []  # one for each body message
         self._size = 0
         self._trailers = False
+        self._asked = False  # for time
         self._flight: str | None = None  # opened, and not yet delivered
 
     def __repr__(self) -> str:
@@ -353,6 +371,9 @@ class Exchange:
 
     def deciding(self, event: Event) -> Commands:
         """The decision is out; the stream stands still."""
+        if isinstance(event, Delayed):
+            asked, self._asked = self._asked, True
+            return () if asked else (AskForTime(event.up_to_s),)
         if not isinstance(event, Decided):
             self._state = Exchange.orphaned
             return ()
@@ -366,7 +387,8 @@ class Exchange:
 
     def orphaned(self, event: Event) -> Commands:
         """The stream is gone, its decision is still on the way."""
-        assert isinstance(event, Decided)
+        if not isinstance(event, Decided):
+            return ()
         self._state = Exchange.over
         return (Abandon(event.answer.flight),) if isinstance(event.answer, Steer) else ()
 

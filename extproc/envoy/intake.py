@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Protocol
 
 from extproc.config import Config
-from extproc.core.types import End, Fact, Outcome, Reject, Request, Route, Verdict
+from extproc.core.record import record
+from extproc.core.types import End, Fact, Outcome, Reject, Request, Route, Turn, Verdict, Wait
 from extproc.envoy.exchange import Answer, Head, Refuse, Rules, Steer
 from extproc.openai import errors, requests
 from extproc.openai.requests import MAX_SESSION, Parsed
 
 PRIORITY_HEADER = "x-request-priority"
+SLO_HEADER = "x-slo-ttft-ms"
 MAX_PRIORITY = 1_000_000
 """Priorities beyond are taken for this one: it orders requests, and further digits order nothing."""
 KEY_BYTES = 32
@@ -27,6 +30,22 @@ class Router(Protocol):
     def arrive(self, request: Request, now: float) -> Verdict:
         """Route or reject; a route opens a flight."""
 
+    def leave(self, ticket: str, now: float) -> object:
+        """End a wait; one that is over changes nothing."""
+
+    def turns(self, now: float) -> list[Turn]:
+        """Waits that end now."""
+
+    def release(self, now: float) -> list[Turn]:
+        """All waits end now."""
+
+    def next_wakeup(self) -> float | None:
+        """When to ask for turns next."""
+
+    @property
+    def holding(self) -> int:
+        """Requests held."""
+
     def finish(self, flight_id: str, outcome: Outcome, now: float) -> object:
         """End a flight; one that is not open changes nothing."""
 
@@ -36,22 +55,59 @@ class Router(Protocol):
 
 @dataclass
 class FakeRouter:
-    """Gives the verdicts it was handed, in turn, the last one for ever; remembers what it was told and when."""
+    """Gives the verdicts it was handed, in turn, the last one for ever; remembers what it was told and when.
+
+    The ends of waits are put into `due` by the test.
+    """
 
     verdicts: list[Verdict] = field(default_factory=list)
     arrived: list[tuple[Request, float]] = field(default_factory=list)
     finished: list[tuple[str, Outcome, float]] = field(default_factory=list)
     learned: list[tuple[Fact, float]] = field(default_factory=list)
+    due: list[Turn] = field(default_factory=list)
+    wakeup: float | None = None
+    left: list[str] = field(default_factory=list)
+    held: int = 0
 
     def arrive(self, request: Request, now: float) -> Verdict:
         self.arrived.append((request, now))
-        return self.verdicts.pop(0) if len(self.verdicts) > 1 else self.verdicts[0]
+        verdict = self.verdicts.pop(0) if len(self.verdicts) > 1 else self.verdicts[0]
+        self.held += isinstance(verdict, Wait)
+        return verdict
+
+    def leave(self, ticket: str, now: float) -> None:
+        self.left.append(ticket)
+        self.held -= 1
+
+    def turns(self, now: float) -> list[Turn]:
+        turns, self.due = self.due, []
+        self.held -= len(turns)
+        return turns
+
+    def release(self, now: float) -> list[Turn]:
+        return self.turns(now)
+
+    def next_wakeup(self) -> float | None:
+        return self.wakeup
+
+    @property
+    def holding(self) -> int:
+        return self.held
 
     def finish(self, flight_id: str, outcome: Outcome, now: float) -> None:
         self.finished.append((flight_id, outcome, now))
 
     def learn(self, fact: Fact, now: float) -> None:
         self.learned.append((fact, now))
+
+
+@record
+class Hold:
+    """A request whose turn has not come."""
+
+    ticket: str
+    steer: Callable[[Route], Answer]
+    """The answer, once it is routed."""
 
 
 class Intake:
@@ -69,7 +125,7 @@ class Intake:
     def headers(self) -> frozenset[str]:
         """The request headers that are read, lower case."""
         tenant = self._requests.tenant_header
-        named = {PRIORITY_HEADER, self._requests.session_header.lower()}
+        named = {PRIORITY_HEADER, SLO_HEADER, self._requests.session_header.lower()}
         return frozenset(named | {tenant.lower()} if tenant else named)
 
     @property
@@ -78,18 +134,33 @@ class Intake:
         limit = self._requests.max_body_bytes
         return Rules(limit, lambda head: requests.is_read(head.method, head.path), errors.too_large(limit))
 
-    def decide(self, head: Head, body: bytes | None, now: float, rewritable: bool = False) -> Answer:
-        """Steer to a replica, which opens a flight, or refuse. `now` is in the router's seconds."""
+    def decide(self, head: Head, body: bytes | None, now: float, rewritable: bool = False) -> Answer | Hold:
+        """Steer to a replica, which opens a flight, or refuse, or hold. `now` is in the router's seconds."""
         parsed = requests.read(head.method, head.path, body, head.content_length)
         if not isinstance(parsed, Parsed):
             return Refuse(errors.of_bad_request(parsed))
-        verdict = self._router.arrive(self._with_head(parsed.request, head), now)
+        request = self._with_head(parsed.request, head, len(body or b""))
+        changeable = body if rewritable else None
+        verdict = self._router.arrive(request, now)
+        if isinstance(verdict, Wait):
+            return Hold(verdict.ticket, lambda route: self._steered(route, parsed, changeable, now))
         if isinstance(verdict, Reject):
             return Refuse(errors.of_refusal(verdict))
+        return self._steered(verdict, parsed, changeable, now)
+
+    def resume(self, hold: Hold, verdict: Route | Reject) -> Answer:
+        """The wait is over."""
+        return hold.steer(verdict) if isinstance(verdict, Route) else Refuse(errors.of_refusal(verdict))
+
+    def leave(self, hold: Hold, now: float) -> None:
+        """The client left before its turn came."""
+        self._router.leave(hold.ticket, now)
+
+    def _steered(self, route: Route, parsed: Parsed, body: bytes | None, now: float) -> Answer:
         try:
-            return self._steer(verdict, parsed, body if rewritable else None)
+            return self._steer(route, parsed, body)
         except Exception:
-            self.abandon(verdict.flight, now)  # the request passes unrouted, and nobody would report its end
+            self.abandon(route.flight, now)  # the request passes unrouted, and nobody would report its end
             raise
 
     def abandon(self, flight: str, now: float) -> None:
@@ -108,15 +179,17 @@ class Intake:
             pool=pool if self._names_pool else None,
         )
 
-    def _with_head(self, request: Request, head: Head) -> Request:
+    def _with_head(self, request: Request, head: Head, body_bytes: int) -> Request:
         """The request with what its headers say; those of the body stand where the headers are silent."""
         headers = head.headers or {}
-        changes: dict[str, object] = {}
+        changes: dict[str, object] = {"body_bytes": body_bytes} if body_bytes else {}
         session = headers.get(self._requests.session_header.lower())
         if session and len(session) <= MAX_SESSION:
             changes["session"] = session
         if (priority := _priority(headers.get(PRIORITY_HEADER))) is not None:
             changes["priority"] = priority
+        if (slo_s := _slo_s(headers.get(SLO_HEADER))) is not None:
+            changes["slo_ttft_s"] = slo_s
         tenant = self._requests.tenant_header
         if tenant and (named := headers.get(tenant.lower())):
             changes["tenant"] = self._hash(named)
@@ -137,3 +210,10 @@ def _priority(text: str | None) -> int | None:
     except ValueError:
         return None
     return max(-MAX_PRIORITY, min(MAX_PRIORITY, value))
+
+
+def _slo_s(text: str | None) -> float | None:
+    """Seconds, of a header in milliseconds; None for what is no positive number."""
+    if text is None or not 0 < len(text) <= 20 or not text.isdecimal():
+        return None
+    return int(text) / 1000.0 or None

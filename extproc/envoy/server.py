@@ -13,24 +13,28 @@ from dataclasses import dataclass
 from typing import Any
 
 from extproc.config import Config
+from extproc.core.types import Reject, Route
 from extproc.envoy import codec, rpc
-from extproc.envoy.access_log import LogCounts, Sink, deliver
+from extproc.envoy.access_log import LogCounts, deliver
 from extproc.envoy.exchange import (
     DELIVERED,
     ENDED,
     PASS,
     Abandon,
+    Answer,
     Close,
     Commands,
     Decide,
     Decided,
+    Delayed,
     Exchange,
     IllegalEvent,
     Respond,
     SetDestination,
 )
 from extproc.envoy.health import Health
-from extproc.envoy.intake import Intake
+from extproc.envoy.holding import Holding
+from extproc.envoy.intake import Hold, Intake, Router
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +42,8 @@ PROCESSOR = "envoy.service.ext_proc.v3.ExternalProcessor"
 ACCESS_LOG = "envoy.service.accesslog.v3.AccessLogService"
 HEADROOM_BYTES = 1 << 20
 """Above the largest body: the rest of its message, and headers, which proxies limit to 60 KiB by default."""
+NOTICED_S = 1.0
+"""Envoy's health check sees within this time that we stop, and sends no further streams."""
 COMPLAINT_INTERVAL_S = 10.0
 """Between log lines about one kind of failure, which may strike every request."""
 
@@ -82,7 +88,7 @@ class Server:
         self,
         config: Config,
         intake: Intake,
-        log_sink: Sink,
+        router: Router,
         clock: Clock,
         on_decided: Callable[[float], None] = lambda _seconds: None,
     ) -> None:
@@ -92,10 +98,12 @@ class Server:
         self._intake = intake
         self._rules = intake.rules
         self._wanted = codec.ALWAYS | intake.headers
-        self._sink = log_sink
+        self._router = router
         self._clock = clock
         self._on_decided = on_decided
         self._complaints = Complaints(clock)
+        self._budget_s = config.hold_limit_s
+        self.holding = Holding(router, clock)
         self._logs_open: set[asyncio.Task[Any]] = set()
         self._server: Any = None
         self._stopping = False
@@ -119,11 +127,21 @@ class Server:
             return
         self.health.stop_serving()
         self._stopping = True
-        stopping = asyncio.ensure_future(self._server.stop(grace_s))
+        await self._last_turns(grace_s / 2)
+        stopping = asyncio.ensure_future(self._server.stop(grace_s / 2))
         await asyncio.sleep(0)  # let it refuse newcomers first
         for task in tuple(self._logs_open):
             task.cancel()  # these never end by themselves; waiting for them would always take the whole grace
         await stopping
+        self.holding.close()
+
+    async def _last_turns(self, within_s: float) -> None:
+        """Those who wait shall not be cut off, nor newcomers while the proxy has not seen that we stop."""
+        deadline = self._clock() + within_s
+        await asyncio.sleep(min(NOTICED_S, within_s))
+        while len(self.holding) and (left_s := deadline - self._clock()) > 0:
+            await asyncio.sleep(min(left_s, 0.05))
+        self.holding.release()
 
     def _services(self) -> tuple[rpc.Service, ...]:
         return (
@@ -156,7 +174,11 @@ class Server:
             if isinstance(command, Close):
                 return True
             if isinstance(command, Decide):
-                return await self._perform(self._decided(command, exchange), exchange, context)
+                answer = self._decide(command)
+                if isinstance(answer, Hold):
+                    await self._perform(exchange.on(Delayed(self._budget_s)), exchange, context)
+                    answer = await self._turn(answer)
+                return await self._perform(exchange.on(Decided(answer)), exchange, context)
             message = codec.answer(command)
             if isinstance(command, SetDestination):
                 self.streams.steered += 1
@@ -166,7 +188,7 @@ class Server:
             await context.write(message)
         return False
 
-    def _decided(self, command: Decide, exchange: Exchange) -> Commands:
+    def _decide(self, command: Decide) -> Answer | Hold:
         began = self._clock()
         try:
             answer = self._intake.decide(command.head, command.body, began, command.rewritable)
@@ -174,8 +196,36 @@ class Server:
         except Exception as e:
             self.streams.failed += 1
             self._complaints.about("a decision failed; the request passes unrouted", repr(e), trace=True)
-            answer = PASS
-        return exchange.on(Decided(answer))
+            return PASS
+        self.holding.poke()  # it may have taken the place of one that waits
+        return answer
+
+    async def _turn(self, hold: Hold) -> Answer:
+        """The answer to a request that waits, when its turn has come."""
+        turn = self.holding.wait(hold.ticket)
+        try:
+            verdict = await turn
+        except asyncio.CancelledError:  # the client left
+            self._left(hold, turn)
+            raise
+        try:
+            return self._intake.resume(hold, verdict)
+        except Exception as e:
+            self.streams.failed += 1
+            self._complaints.about("a decision failed; the request passes unrouted", repr(e), trace=True)
+            return PASS
+
+    def _left(self, hold: Hold, turn: asyncio.Future[Route | Reject]) -> None:
+        now = self._clock()
+        self.holding.drop(hold.ticket)
+        if turn.done() and not turn.cancelled():
+            verdict = turn.result()  # it came in the same moment
+            if isinstance(verdict, Route):
+                self.streams.abandoned += 1
+                self._intake.abandon(verdict.flight, now)
+        else:
+            self._intake.leave(hold, now)
+        self.holding.poke()
 
     def _abandon(self, commands: Commands) -> None:
         for command in commands:
@@ -202,10 +252,11 @@ class Server:
 
     def _take(self, raw: bytes) -> None:
         try:
-            deliver(codec.log_entries(raw), self._sink, self.entries, self._clock())
+            deliver(codec.log_entries(raw), self._router, self.entries, self._clock())
         except codec.Unreadable as e:
             self.entries.unreadable += 1
             self._complaints.about("an access log message is lost", e)
         except Exception as e:
             self.entries.failed += 1
             self._complaints.about("an access log message failed", repr(e), trace=True)
+        self.holding.poke()

@@ -20,6 +20,8 @@ MAX_ALIASES = 20
 """Model names listed in one error."""
 
 UNAVAILABLE = "Service Unavailable"
+CONTENTION = "rate_limit_error"
+"""OpenAI's type for 429; vLLM 0.32 has no answer of that status."""
 
 
 @record
@@ -70,6 +72,25 @@ ANSWERS: Mapping[Refusal, _Answer] = {
         UNAVAILABLE,
         lambda _: "None of the endpoints allowed for this request is available. Please try again later.",
     ),
+    Refusal.ABSENT: _Answer(
+        503, UNAVAILABLE, lambda _: "No replica could be reached to serve this request. Please try again later."
+    ),
+    Refusal.STOPPING: _Answer(503, UNAVAILABLE, lambda _: "The server is shutting down. Please try again."),
+    Refusal.OVERLOADED: _Answer(
+        503, UNAVAILABLE, lambda _: "The server has too many requests in progress. Please try again later."
+    ),
+    Refusal.QUEUE_FULL: _Answer(
+        429, CONTENTION, lambda _: "Too many requests are waiting for this model. Please try again later."
+    ),
+    Refusal.DISPLACED: _Answer(
+        429, CONTENTION, lambda _: "Requests of higher priority took the place of this one. Please try again later."
+    ),
+    Refusal.DEADLINE: _Answer(
+        429, CONTENTION, lambda _: "This request could not be started in time. Please try again later."
+    ),
+    Refusal.SLO: _Answer(
+        429, CONTENTION, lambda _: "The first token cannot come within the time asked for. Please try again later."
+    ),
 }
 """The one place where a refusal gets its status: 429 for contention, which the client can outwait, 503 for absence."""
 
@@ -79,13 +100,14 @@ def of_bad_request(bad: BadRequest) -> HttpError:
     return _error(bad.status, bad.message, bad.type, bad.param)
 
 
-def of_refusal(reject: Reject, retry_after_s: float = 1.0) -> HttpError:
+def of_refusal(reject: Reject) -> HttpError:
     """The response for a request that the core does not route.
 
-    `retry_after_s` goes into Retry-After of 429 and 503, rounded up to whole seconds (RFC 9110, 10.2.3), at least one:
+    `retry_after_s` of the refusal, or one second, goes into Retry-After of 429 and 503, rounded up to whole seconds (RFC 9110, 10.2.3), at least one:
     zero would invite every client back at once.
     """
     answer = ANSWERS[reject.refusal]
+    retry_after_s = 1.0 if reject.retry_after_s is None else reject.retry_after_s
     headers = (("retry-after", str(max(1, math.ceil(retry_after_s)))),) if answer.status in (429, 503) else ()
     return _error(answer.status, answer.message(reject), answer.type, answer.param, headers)
 

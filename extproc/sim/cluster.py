@@ -17,7 +17,7 @@ from random import Random
 from typing import Final
 
 from extproc.config import EnvoyConfig
-from extproc.core.types import Api, Blocks, Decision, End, Outcome, Progressed, Reject, Request, Usage
+from extproc.core.types import Api, Blocks, Decision, End, Outcome, Progressed, Reject, Request, Route, Usage
 from extproc.sim.engine import EngineRequest, Token
 from extproc.sim.incidents import Incident, Kind, newcomers
 from extproc.sim.node import Node, NodeSpec
@@ -190,6 +190,7 @@ class Cluster:
         if isinstance(verdict, Reject):
             self._end(call, End.UNREACHABLE, 503)
             return
+        assert isinstance(verdict, Route), "nothing is held here yet"
         call.decision = verdict.decision
         self._connect(call, hashes if self._ratio == 1 else turn.hashes(self._ratio))
 

@@ -47,13 +47,13 @@ def test_every_refusal_has_an_answer() -> None:
 
 @pytest.mark.parametrize("refusal", Refusal)
 def test_only_contention_and_absence_say_when_to_come_back(refusal: Refusal) -> None:
-    answer = of_refusal(Reject(refusal, "m"), retry_after_s=2.1)
+    answer = of_refusal(Reject(refusal, "m", retry_after_s=2.1))
     assert dict(answer.headers).get("retry-after") == ("3" if answer.status in (429, 503) else None)
 
 
 @pytest.mark.parametrize(("seconds", "header"), [(0.0, "1"), (0.2, "1"), (1.0, "1"), (59.01, "60")])
 def test_retry_after_is_whole_seconds_and_never_zero(seconds: float, header: str) -> None:
-    assert dict(of_refusal(Reject(Refusal.NO_REPLICAS), seconds).headers)["retry-after"] == header
+    assert dict(of_refusal(Reject(Refusal.NO_REPLICAS, retry_after_s=seconds)).headers)["retry-after"] == header
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,6 @@ SECRET_HEADERS = ("authorization", "proxy-authorization", "cookie", "x-api-key",
 SETTABLE_HEADERS = (names.POOL_HEADER, "x-vllm-priority", "content-length", "content-type", "retry-after")
 """All that extproc may set. The middle one belongs to a rewritten body: Envoy answers 500 to a length that does not fit. The last two are those of its refusals."""
 
-HOLD_S = 60.0
-"""Longest time for which extproc may hold a request, by asking for a longer timeout; the ordinary one stays short to notice a hang."""
-
 
 def filters(config: Config) -> list[hcm.HttpFilter]:
     """All of them, first to last as a request meets them."""
@@ -62,7 +59,8 @@ def _ext_proc(config: Config) -> ext_proc.ExternalProcessor:
         grpc_service=to_extproc(),
         failure_mode_allow=envoy.fail_open,
         message_timeout=seconds(envoy.message_timeout_s),
-        max_message_timeout=seconds(max(HOLD_S, envoy.message_timeout_s)),
+        # For held requests extproc asks for more time; the ordinary timeout stays short, to notice a hang.
+        max_message_timeout=seconds(max(config.hold_limit_s, envoy.message_timeout_s)),
         processing_mode=_request_only(),
         # With several pools the answer names one in a header and asks for the route to be chosen again (clear_route_cache).
         route_cache_action=cache.DEFAULT if several else cache.RETAIN,
