@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo run test test-vllm check format protos golden lock bench-overhead bench-sim bench-routing bench-routing-full
+.PHONY: help setup demo run test test-vllm fuzz soak check format protos golden lock bench-overhead bench-sim bench-routing bench-routing-full
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -30,6 +30,13 @@ test: $(READY)  ## unit, transcript, property and end-to-end tests (real Envoy, 
 
 test-vllm: $(READY)  ## two real vLLM replicas on CPU behind Envoy and extproc; needs VLLM=/path/to/venv MODEL=/path/to/tiny-llama
 	$(BIN)/python -m pytest -m vllm --timeout 900 tests/e2e/test_vllm.py tests/e2e/test_vllm_simulator.py
+
+fuzz: $(READY)  ## any bytes at the parser and the stream machine, guided by coverage; SECONDS=60 for each of three targets
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r tests/fuzz/requirements.txt
+	$(BIN)/python -m tests.fuzz.run --seconds $(or $(SECONDS),60)
+
+soak: $(READY)  ## a million requests in process, with churn of replicas, tenants and prompts: memory flat, ledgers zero
+	$(BIN)/python -m tests.bench.soak
 
 check: $(READY)  ## format, lint, types
 	$(BIN)/ruff format --check .

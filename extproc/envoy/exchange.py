@@ -295,6 +295,7 @@ class Exchange:
         "_flight",
         "_head",
         "_mode",
+        "_responded",
         "_rules",
         "_size",
         "_state",
@@ -315,6 +316,7 @@ class Exchange:
         self._size = 0
         self._trailers = False
         self._asked = False  # for time
+        self._responded = False  # the end of the response body was given back
         self._flight: str | None = None  # opened, and not yet delivered
 
     def __repr__(self) -> str:
@@ -417,13 +419,18 @@ class Exchange:
         if isinstance(event, ResponseArrived):
             self._duplex_response = self._duplex_response or event.duplex
             if self._duplex_response and event.part is Part.RESPONSE_BODY:
-                return _echo(event.data, event.end_of_stream, event.part)
+                return self._give_response(event)
             return (Continue(event.part),)
         flight, self._flight = self._flight, None
         if isinstance(event, Delivered):
             return ()
         self._state = Exchange.over
         return () if flight is None else (Abandon(flight),)
+
+    def _give_response(self, event: ResponseArrived) -> Commands:
+        """Back as it came. A last piece that is repeated (see `over`) is not: two ends of one body would be an error."""
+        repeated, self._responded = self._responded, self._responded or event.end_of_stream
+        return () if repeated else _echo(event.data, event.end_of_stream, event.part)
 
     def _keep(self, data: bytes) -> bool:
         """Whether the body with this piece is still of a size that we take."""

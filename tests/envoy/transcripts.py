@@ -15,11 +15,13 @@ from extproc.envoy.exchange import (
     ENDED,
     PASS,
     Abandon,
+    AskForTime,
     BodyArrived,
     Command,
     Continue,
     Decide,
     Decided,
+    Delayed,
     EchoBody,
     Event,
     Exchange,
@@ -137,6 +139,30 @@ SCRIPTS: Mapping[str, Script] = {
         >> Decided(STEER)
         << SetDestination(Part.BODY, STEER)
         << CLOSE
+    ),
+    "a decision that takes long: the proxy is asked for time, once": (
+        Script()
+        >> HeadersArrived(CHAT, mode=Mode.BUFFERED)
+        << Continue(Part.HEADERS)
+        >> BodyArrived(b"{}", end_of_stream=True)
+        << Decide(CHAT, b"{}", rewritable=True)
+        >> Delayed(35.0)
+        << AskForTime(35.0)
+        >> Delayed(35.0)
+        >> Decided(STEER)
+        << SetDestination(Part.BODY, STEER)
+        << CLOSE
+    ),
+    "the client leaves while its decision waits: nobody is asked for time then": (
+        Script()
+        >> HeadersArrived(CHAT, mode=Mode.BUFFERED)
+        << Continue(Part.HEADERS)
+        >> BodyArrived(b"{}", end_of_stream=True)
+        << Decide(CHAT, b"{}", rewritable=True)
+        >> ENDED
+        >> Delayed(35.0)
+        >> Decided(STEER)
+        << Abandon("f1")
     ),
     "no body: pick in the header answer": (
         Script()
@@ -435,6 +461,7 @@ SCRIPTS: Mapping[str, Script] = {
         << EchoBody(b"data: 1", end_of_stream=False, part=Part.RESPONSE_BODY)
         >> ResponseArrived(Part.RESPONSE_BODY, b"", end_of_stream=True)
         << EchoBody(b"", end_of_stream=True, part=Part.RESPONSE_BODY)
+        >> ResponseArrived(Part.RESPONSE_BODY, b"", end_of_stream=True)
         >> ENDED
     ),
     "no body, and the response comes full duplex with trailers": (
