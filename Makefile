@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo run test test-vllm fuzz soak check format protos golden lock bench-overhead bench-sim bench-routing bench-routing-full
+.PHONY: help setup demo run test test-vllm chaos fuzz soak check format protos golden lock bench-overhead bench-sim bench-overload bench-routing bench-routing-full
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -30,6 +30,9 @@ test: $(READY)  ## unit, transcript, property and end-to-end tests (real Envoy, 
 
 test-vllm: $(READY)  ## two real vLLM replicas on CPU behind Envoy and extproc; needs VLLM=/path/to/venv MODEL=/path/to/tiny-llama
 	$(BIN)/python -m pytest -m vllm --timeout 900 tests/e2e/test_vllm.py tests/e2e/test_vllm_simulator.py
+
+chaos: $(READY)  ## one fault after another under load, through the real Envoy, against targets, under 10 minutes; some with ONLY="extproc restart"
+	$(BIN)/python -m tests.chaos.run $(if $(ONLY),--only "$(ONLY)",--docs docs/chaos.md)
 
 fuzz: $(READY)  ## any bytes at the parser and the stream machine, guided by coverage; SECONDS=60 for each of three targets
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r tests/fuzz/requirements.txt
@@ -63,6 +66,9 @@ bench-sim: $(READY)  ## the simulated engine against recorded runs of real vLLM;
 	$(BIN)/python -m tests.bench.sim_accuracy $(if $(TRACES),--runs $(TRACES)/real_vllm_runs)
 
 ROUTING = $(BIN)/python -m tests.bench.routing $(if $(TRACES),--traces $(TRACES)) $(if $(ONLY),--only $(ONLY)) $(if $(DOCS),--docs $(DOCS))
+
+bench-overload: $(READY)  ## what holding requests gains beyond saturation, under 5 minutes on 2 cores; more traces with TRACES=/path
+	$(BIN)/python -m tests.bench.overload $(if $(TRACES),--traces $(TRACES)) $(if $(DOCS),--docs $(DOCS))
 
 bench-routing: $(READY)  ## routing policies on one matrix of workloads, under 15 minutes on 2 cores; more traces with TRACES=/path
 	$(ROUTING)

@@ -2,6 +2,7 @@
 
 Start: metrics and core, then membership (so that the first request finds replicas), scrapes, the members file, HTTP, and gRPC
 last, because Envoy sends traffic from then on. Stop in the reverse order: no new streams, then the rest.
+While it runs the configuration file is followed, as far as a running process can.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ import asyncio
 import logging
 import os
 import signal
+import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields
+from functools import partial
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -22,19 +26,43 @@ from prometheus_client import CollectorRegistry, disable_created_metrics
 
 from extproc.adapters import discovery
 from extproc.adapters.admin import Admin
+from extproc.adapters.config_watch import ConfigState, ConfigWatch
 from extproc.adapters.engines import ENGINES
+from extproc.adapters.logs import Logs, set_level
+from extproc.adapters.looplag import LoopWatch
 from extproc.adapters.metrics import FleetCollector, RouterMetrics, ServerCollector
+from extproc.adapters.metrics_queue import QueueCollector, QueueMetrics
+from extproc.adapters.metrics_service import Life, ServiceCollector
+from extproc.adapters.probing import Checks, Prober
+from extproc.adapters.pulse import Pulse
+from extproc.adapters.reading import ReadingCollector, ReadingPool
 from extproc.adapters.recorder import Recorder
 from extproc.adapters.scraping import Scraper, Target
-from extproc.config import Config, PoolConfig, Section
+from extproc.adapters.tasks import Tasks
+from extproc.config import READING_LIMIT_S, Config, PoolConfig, Section
+from extproc.core import fleet
 from extproc.core.admission.settings import QueueSettings
-from extproc.core.fleet import Readiness
 from extproc.core.health.settings import HealthSettings
-from extproc.core.observers import Ended, Quiet, Several
-from extproc.core.router import PoolSettings, Router
-from extproc.core.types import Change, Decision, End, Fact, NotSampled, Reset, Sampled
-from extproc.envoy.endpoints import EndpointsError, EndpointsFile, Health, Member
+from extproc.core.health.states import State
+from extproc.core.observers import Ended, HealthChanged, Quiet, Several
+from extproc.core.router import Router
+from extproc.core.settings import PoolSettings
+from extproc.core.types import (
+    Change,
+    Configured,
+    Decision,
+    End,
+    Fact,
+    NotSampled,
+    Probed,
+    Reset,
+    Sampled,
+    ScrapeFailure,
+    Stalled,
+)
+from extproc.envoy.endpoints import EndpointsFile, Health, Member, Members
 from extproc.envoy.intake import Intake
+from extproc.envoy.members_writer import MembersWriter
 from extproc.envoy.server import Server
 
 log = logging.getLogger(__name__)
@@ -43,28 +71,54 @@ TICK_S = 0.25
 """How often lost flights are swept and the members file is compared; both cost microseconds when there is nothing to do."""
 
 
+CLOSING_S = 1.0
+"""Of the grace period, kept for the end: pages that are being read, tasks, the log."""
+
+
 class StartError(Exception):
     """Extproc cannot listen where it is told to; the text names the key and the remedy."""
 
 
-class Waker(Quiet):
-    """Has a replica scraped soon after it was given work, or failed."""
+DOUBT = frozenset({State.STARTING, State.SUSPECT, State.OPEN, State.PROBATION})
+"""States that a check may change, so that replicas in them are checked at the shorter interval."""
 
-    def __init__(self, wake: Callable[[str], None]) -> None:
-        self._wake = wake
+
+class Waker(Quiet):
+    """Has a replica scraped soon after it was given work, and scraped and checked soon after doubt arose."""
+
+    def __init__(self, scrape: Callable[[str], None], probe: Callable[[str], None], tell: Callable[[], None]) -> None:
+        """`tell`: the proxy has to hear of a change."""
+        self._scrape = scrape
+        self._probe = probe
+        self._tell = tell
 
     def decided(self, decision: Decision) -> None:
-        self._wake(decision.endpoints[0])
+        self._scrape(decision.endpoints[0])
 
     def ended(self, ended: Ended) -> None:
-        if ended.moved or ended.outcome.end in (End.UNREACHABLE, End.UPSTREAM_ERROR):
-            self._wake(ended.flight.address)  # passed over until it is heard of again
+        if ended.moved or ended.outcome.broken or ended.outcome.end in (End.UNREACHABLE, End.UPSTREAM_ERROR):
+            self._scrape(ended.flight.address)  # passed over until it is heard of again
+            self._probe(ended.flight.address)
+
+    def health_changed(self, change: HealthChanged) -> None:
+        self._tell()
+        if change.after in DOUBT:
+            self._probe(change.address)
 
 
 class App:
     """One extproc process."""
 
-    def __init__(self, config: Config, clock: Callable[[], float] = time.monotonic, rng: Random | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        clock: Callable[[], float] = time.monotonic,
+        rng: Random | None = None,
+        *,
+        path: Path | None = None,
+        logs: Logs | None = None,
+    ) -> None:
+        """`path`: the configuration file, to be followed; None where there is none. `logs` where lines may be dropped."""
         self.config = config
         self._clock = clock
         rng = rng or Random()
@@ -75,100 +129,200 @@ class App:
         self.router = Router(
             [settings(pool) for pool in config.pools],
             rng,
-            Several(self.metrics, self.recorder, Waker(self._wake)),
+            Several(
+                self.metrics,
+                QueueMetrics(self.registry),
+                self.recorder,
+                Waker(self._scrape_soon, self._probe_soon, self._tell_envoy),
+            ),
             config.requests.flight_ttl_s,
+            config.requests.max_flights,
         )
+        self.registry.register(QueueCollector(self.router))
         self.registry.register(FleetCollector(self.router, clock))
-        targets = {pool.name: Target(ENGINES.get(pool.engine), pool.scrape) for pool in config.pools}
+        targets = {pool.name: _target(pool) for pool in config.pools}
         self._scraper = Scraper(targets, self._learn, rng=rng, busy=self._busy)
-        self._sources = [discovery.from_config(pool, self._discovery_error(pool.name)) for pool in config.pools]
+        checks = {pool.name: _checks(pool) for pool in config.pools}
+        self._prober = Prober(checks, self._learn, rng=rng, doubtful=self._doubtful, idle=self._idle)
         self._known: set[str] = set()
         """Pools whose members are known; the members file of the others is left alone."""
         self._members_changed = asyncio.Event()
-        self._endpoints = EndpointsFile(config.envoy.endpoints_file, [pool.name for pool in config.pools])
-        self._endpoints_error: str | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self._endpoints = MembersWriter(EndpointsFile(config.envoy.endpoints_file, [p.name for p in config.pools]))
+        self._tasks = Tasks()
+        self._pulse = Pulse(clock, self._stalled)
+        self._watch = ConfigWatch(path, config, self._reconfigure) if path else None
+        self._stopping = False
         self._web: web.AppRunner | None = None
-        self._server = Server(config, Intake(self.router, config), self.router, clock, self.metrics.decided_in)
+        self._reader = ReadingPool(config.requests.max_body_bytes, READING_LIMIT_S)
+        intake = Intake(self.router, config)
+        self._server = Server(config, intake, self.router, clock, self.metrics.decided_in, self._reader)
         self.registry.register(ServerCollector(self._server.streams, self._server.entries))
+        self.registry.register(
+            ServiceCollector(
+                Life(
+                    self.router,
+                    self._watch.state if self._watch else ConfigState(),
+                    self._tasks,
+                    self._pulse,
+                    endpoints_errors=lambda: self._endpoints.errors,
+                    log_lines_dropped=lambda: logs.dropped if logs else 0,
+                    stopping=lambda: self._stopping,
+                )
+            )
+        )
+        self.registry.register(ReadingCollector(self._reader.counts, lambda: self._server.buffers.held))
+        self._loop_watch = LoopWatch()
+        self.registry.register(self._loop_watch)
 
     async def start(self) -> None:
         """Begin to serve. Raises StartError when a port is taken, EndpointsError when the members file cannot be written."""
-        for source in self._sources:
-            self._spawn(source.run(self._changed), f"discovery of {source.pool}")
+        self._pulse.start()
+        for pool in self.config.pools:
+            self._discover(pool)
         await asyncio.sleep(0)  # static pools tell their members at once
-        self._write_endpoints(strict=True)
-        self._spawn(self._tick(), "tick")
+        self._endpoints.write_now(self._members())
+        self._tasks.start("endpoints", self._endpoints.run)
+        self._tasks.start("tick", self._tick)
+        self._loop_watch.start()
         await self._start_http()
         await self._start_grpc()
+        if self._watch is not None:
+            self._tasks.start("configuration", self._watch.run)
         log.info("serving: %s", self.router)
 
     async def stop(self, grace_s: float | None = None) -> None:
         """End what was started, last first, also after a start that failed. Envoy goes on with the members it has."""
-        await self._server.stop(self.config.shutdown_grace_s if grace_s is None else grace_s)
+        self._stopping = True
+        if grace_s is None:
+            grace_s = max(self.config.shutdown_grace_s - CLOSING_S, self.config.shutdown_grace_s / 2)
+        await self._server.stop(grace_s)
+        await self._reader.stop()
+        self._loop_watch.stop()
         if self._web is not None:
             await self._web.cleanup()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._pulse.stop()
+        await self._tasks.stop()
+        await self._prober.stop()
         await self._scraper.stop()
         log.info("stopped: %s", self.router)
 
     async def run(self) -> None:
-        """Serve until SIGTERM or SIGINT."""
+        """Serve until SIGTERM or SIGINT; a second one ends at once. SIGHUP reads the configuration file."""
         ended = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, ended.set)
+            loop.add_signal_handler(number, self._asked_to_end, number, ended)
+        if self._watch is not None:
+            loop.add_signal_handler(signal.SIGHUP, self._watch.nudge)
         try:
             await self.start()
             await ended.wait()
         finally:
             await self.stop()
 
+    def _asked_to_end(self, number: signal.Signals, ended: asyncio.Event) -> None:
+        if ended.is_set():
+            log.warning("%s again: ending at once", number.name)
+            self._server.hurry()
+            return
+        log.info("%s: finishing what is held, within %g s", number.name, self.config.shutdown_grace_s)
+        ended.set()
+        # Whatever hangs by then, a write to a dead disk say, the process ends.
+        last = threading.Timer(self.config.shutdown_grace_s, os._exit, (1,))
+        last.daemon = True
+        last.start()
+
     def not_ready(self) -> str | None:
         """Why requests cannot be routed now; None when each pool has a replica that may be chosen."""
+        if self._stopping:
+            return "stopping"
         now = self._clock()
         for name, pool in self.router.pools.items():
             if not len(pool.fleet):
                 return f"pool {name} has no members"
-            if all(m.readiness(now) in (Readiness.DOWN, Readiness.UNSAMPLED) for m in pool.fleet.members):
+            if all(m.health.unreachable(now) or m.state(now) is State.STARTING for m in pool.fleet.members):
                 return f"pool {name}: no member has answered a scrape"
         return None
 
     # --- facts --------------------------------------------------------------------------------------------------------
 
     def _learn(self, fact: Fact) -> None:
-        self.router.learn(fact, self._clock())
+        now = self._clock()
+        if _by_silence(fact) and self._pulse.settling(now):
+            return  # it may be our own timer that is late
+        self.router.learn(fact, now)
         self._server.holding.poke()
         if isinstance(fact, Sampled):
             self.metrics.scrapes.labels(fact.pool, "ok").inc()
         elif isinstance(fact, NotSampled):
             self.metrics.scrapes.labels(fact.pool, fact.why.value).inc()
+        elif isinstance(fact, Probed):
+            self.metrics.probes.labels(fact.pool, fact.probe.value, "ok" if fact.ok else "failed").inc()
+
+    def _drained(self, fact: Fact) -> None:
+        self._learn(fact)
+        log.info("by call: %s", fact)
 
     def _changed(self, change: Change) -> None:
         self._learn(change)
         if isinstance(change, Reset):
             self._known.add(change.pool)
         self._scraper.follow(change)
+        self._prober.follow(change)
         self._members_changed.set()
 
-    def _wake(self, address: str) -> None:
+    def _tell_envoy(self) -> None:
+        self._members_changed.set()
+
+    def _scrape_soon(self, address: str) -> None:
         self._scraper.wake(address)
 
+    def _probe_soon(self, address: str) -> None:
+        self._prober.wake(address)
+
+    def _at(self, address: str) -> list[fleet.Member]:
+        """The replica, as each pool that has it sees it."""
+        found = (pool.fleet.get(address) for pool in self.router.pools.values())
+        return [member for member in found if member is not None]
+
     def _busy(self, address: str) -> bool:
-        members = (pool.fleet.get(address) for pool in self.router.pools.values())
-        return any(member is not None and len(member.load) > 0 for member in members)
+        return any(len(member.load) for member in self._at(address))
+
+    def _idle(self, address: str) -> bool:
+        """Nothing runs there, by our flights and its own word where it gives one. Unknown is not idle."""
+        now = self._clock()
+        return not self._busy(address) and all(
+            not member.scraped or ((sample := member.fresh(now)) is not None and sample.running == sample.waiting == 0)
+            for member in self._at(address)
+        )
+
+    def _doubtful(self, address: str) -> bool:
+        now = self._clock()
+        return any(member.state(now) in DOUBT for member in self._at(address))
+
+    def _stalled(self, for_s: float) -> None:
+        self._learn(Stalled(for_s))
+
+    def _discover(self, pool: PoolConfig) -> None:
+        source = discovery.from_config(pool, self._discovery_error(pool.name))
+        self._tasks.start(f"discovery of {pool.name}", partial(source.run, self._changed))
+
+    def _reconfigure(self, config: Config) -> None:
+        """Go on with a configuration that differs only in what a running process can take over."""
+        before, self.config = self.config, config
+        set_level(config.inspect.log_level)
+        for old, new in zip(before.pools, config.pools, strict=True):
+            if settings(old) != settings(new):
+                self._learn(Configured(new.name, settings(new)))
+            self._scraper.retarget(new.name, _target(new))
+            self._prober.retarget(new.name, _checks(new))
+            if (old.replicas, old.discovery, old.labels) != (new.replicas, new.discovery, new.labels):
+                self._discover(new)
 
     def _discovery_error(self, pool: str) -> Callable[[str], None]:
         return lambda _: self.metrics.discovery_errors.labels(pool).inc()
 
     # --- recurring ----------------------------------------------------------------------------------------------------
-
-    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
-        task = asyncio.create_task(work, name=name)
-        task.add_done_callback(_report)
-        self._tasks.append(task)
 
     async def _tick(self) -> None:
         while True:
@@ -179,30 +333,23 @@ class App:
                 ):  # wait_for of Python 3.11 may swallow the cancellation that ends this
                     await self._members_changed.wait()
             self._members_changed.clear()
-            self.router.expire(self._clock())
+            now = self._clock()
+            if not self._pulse.settling(now):  # else reports that wait in the socket come too late
+                self.router.expire(now)
             self._server.holding.poke()
-            self._write_endpoints()
+            self._endpoints.want(self._members())
 
-    def _write_endpoints(self, strict: bool = False) -> None:
-        """Tell Envoy who is a member and who is healthy, if that changed.
+    def _members(self) -> Members:
+        """Who is a member and who is healthy, for Envoy.
 
         Of a pool not before its members are known: after a restart Envoy keeps serving with those of the last file.
         """
         now = self._clock()
-        members = {
-            name: [Member(m.address, _health(m.readiness(now)), m.replica.weight) for m in pool.fleet.members]
+        return {
+            name: [Member(m.address, _health(m.state(now)), m.replica.weight) for m in pool.fleet.members]
             for name, pool in self.router.pools.items()
             if name in self._known
         }
-        try:
-            self._endpoints.write(members)
-            self._endpoints_error = None
-        except EndpointsError as e:
-            if strict:
-                raise
-            if str(e) != self._endpoints_error:
-                log.error("%s", e)
-            self._endpoints_error = str(e)
 
     # --- servers ------------------------------------------------------------------------------------------------------
 
@@ -214,15 +361,18 @@ class App:
             self._clock,
             self.not_ready,
             self.config.requests.max_body_bytes,
+            self._drained,
         )
-        self._web = web.AppRunner(admin.application(), access_log=None)
+        self._web = web.AppRunner(admin.application(), access_log=None, shutdown_timeout=CLOSING_S / 2)
         await self._web.setup()
+        await _not_taken("http", self.config.listen.http)
         try:
             await _site(self._web, self.config.listen.http).start()
         except OSError as e:
             raise _cannot_listen("http", self.config.listen.http, os.strerror(e.errno or 0)) from None
 
     async def _start_grpc(self) -> None:
+        await _not_taken("grpc", self.config.listen.grpc)
         try:
             await self._server.start()
         except RuntimeError:  # gRPC tells the reason in its own line on standard error, and not here
@@ -234,6 +384,19 @@ def _site(runner: web.AppRunner, listen: str) -> web.BaseSite:
         return web.UnixSite(runner, listen.removeprefix("unix:"))
     host, _, port = listen.rpartition(":")
     return web.TCPSite(runner, host.strip("[]"), int(port))
+
+
+async def _not_taken(key: str, listen: str) -> None:
+    """Raises StartError where another process answers on the socket: it would be taken away from it without a word."""
+    if not listen.startswith("unix:"):
+        return
+    try:
+        async with asyncio.timeout(1):
+            _, writer = await asyncio.open_unix_connection(listen.removeprefix("unix:"))
+    except OSError:
+        return  # no such file, or left behind by one that is gone
+    writer.close()
+    raise _cannot_listen(key, listen, "another process answers there")
 
 
 def _cannot_listen(key: str, listen: str, why: str) -> StartError:
@@ -254,16 +417,28 @@ def settings(pool: PoolConfig) -> PoolSettings:
     )
 
 
+def _target(pool: PoolConfig) -> Target:
+    return Target(ENGINES.get(pool.engine), pool.scrape)
+
+
+def _checks(pool: PoolConfig) -> Checks:
+    return Checks(pool.health, pool.models)
+
+
+def _by_silence(fact: Fact) -> bool:
+    """Whether the fact may say no more than that a timer of ours fired."""
+    if isinstance(fact, NotSampled):
+        return fact.why is ScrapeFailure.LATE
+    return isinstance(fact, Probed) and not fact.ok
+
+
 def _shared(record: type[Any], section: Section) -> dict[str, Any]:
     """The values of a section that the core's settings name as well."""
     return {field.name: getattr(section, field.name) for field in fields(record)}
 
 
-def _health(readiness: Readiness) -> Health:
-    return Health.UNHEALTHY if readiness is Readiness.DOWN else Health.HEALTHY
-
-
-def _report(task: asyncio.Task[None]) -> None:
-    """A recurring task that dies leaves the process half alive: say so loudly."""
-    if not task.cancelled() and (error := task.exception()) is not None:
-        log.error("%s ended: %r", task.get_name(), error, exc_info=error)
+def _health(state: State) -> Health:
+    """What Envoy's fallback policy is to make of it. Were all unhealthy, its panic threshold would take all the same."""
+    if state in (State.OPEN, State.GONE):
+        return Health.UNHEALTHY
+    return Health.DRAINING if state is State.DRAINING else Health.HEALTHY

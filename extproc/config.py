@@ -17,6 +17,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from extproc.core.policies import PolicyError, create
 
+READING_LIMIT_S = 10.0
+"""Longest time until a large body is read, the wait for a reader included."""
+
 
 class ConfigError(Exception):
     """The configuration cannot be used; the text names each place by its dotted path, and the remedy."""
@@ -96,16 +99,85 @@ class FileDiscovery(Section):
     """YAML or JSON: a list like `replicas`, or an object with that key. Replace it by rename; a file that does not parse changes nothing and is counted."""
 
 
+LabelNames = dict[str, str]
+"""Label of the replica -> key of the pod label that it is taken from."""
+
+POD_LABELS: LabelNames = {name: name for name in ("gpu", "tp", "pp", "model_size", "max_tokens_per_s", "role", "drain")}
+
+
+class Cluster(Section):
+    """What all that asks a Kubernetes API server has in common. Needs `pip install 'extproc[kubernetes]'`."""
+
+    namespace: Name | None = None
+    """Namespace of the pods; null for that of the service account, or of the kubeconfig's context."""
+    pod_labels: LabelNames = POD_LABELS
+    """Label of the replica: key of the pod label that it is taken from (`gpu: nvidia.com/gpu.product`). With `drain`, `kubectl label pod NAME drain=true` lets a replica finish what it has. Empty: none."""
+    kubeconfig: Path | None = None
+    """For use outside the cluster; its current context counts. null: the service account, else `$KUBECONFIG`, else `~/.kube/config`."""
+    resync_s: Seconds = 300.0
+    """Seconds after which everything is listed again, whatever the watch told."""
+
+
+class KubernetesDiscovery(Cluster):
+    """The pods behind a Kubernetes Service, from its EndpointSlices."""
+
+    service: Name | None = None
+    """Name of the Service."""
+    selector: str | None = None
+    """Label selector of EndpointSlices, instead of `service` or in addition to it. Slices bear the labels of their Service."""
+    port: Annotated[int, Field(ge=1, le=65535)] | str | None = None
+    """Name of the slices' port, or a number. null: their only port, or the one called `http`."""
+    pod_selector: str | None = None
+    """Label selector of the pods whose labels are read; null for all of the namespace. The same as the Service's spares memory where others run there too."""
+
+    @model_validator(mode="after")
+    def _selects(self) -> Self:
+        if not self.service and not self.selector:
+            raise ValueError("selects nothing; add service: NAME or selector: key=value")
+        return self
+
+
+class InferencePoolDiscovery(Cluster):
+    """The pods and ports that an InferencePool of the Gateway API inference extension selects."""
+
+    name: Name
+    """Name of the InferencePool."""
+    group: Literal["inference.networking.k8s.io", "inference.networking.x-k8s.io"] = "inference.networking.k8s.io"
+    """API group: v1 of the first, v1alpha2 of the second."""
+
+
+class DnsDiscovery(Section):
+    """The addresses that a DNS name has: of a headless Service, say. Needs `pip install 'extproc[dns]'`."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_]([A-Za-z0-9_.-]{0,252})$")
+    """A or AAAA records are asked for where `port` is given, else SRV records. Of a name with both kinds of addresses the A records count."""
+    port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    """Port of every replica; null to learn it from SRV records."""
+    interval_s: Seconds = 30.0
+    """Most seconds between two questions. The TTL of the answer counts where it is shorter, down to one second."""
+    servers: tuple[Address, ...] = ()
+    """Name servers to ask, `ip:port`; none for those of `/etc/resolv.conf`."""
+
+
 class Discovery(Section):
-    """Where the members of a pool come from, instead of `replicas`."""
+    """Where the members of a pool come from, instead of `replicas`. Exactly one source."""
 
     file: FileDiscovery | None = None
     """Watch a file."""
+    kubernetes: KubernetesDiscovery | None = None
+    """Watch EndpointSlices."""
+    inference_pool: InferencePoolDiscovery | None = None
+    """Watch an InferencePool and its pods."""
+    dns: DnsDiscovery | None = None
+    """Ask for a name again and again."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if self.file is None:
-            raise ValueError("names no source; add file: {path: ...}")
+        named = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if not named:
+            raise ValueError(f"names no source; add one of {', '.join(type(self).model_fields)}")
+        if len(named) > 1:
+            raise ValueError(f"names {' and '.join(named)}; keep one")
         return self
 
 
@@ -190,7 +262,7 @@ class Queue(Section):
     starved_share: float = Field(default=0.1, ge=0, lt=1)
     """as long as such requests get at most this share of the tokens sent off. 0 makes priority absolute."""
     ageing: float = Field(default=0.1, ge=0)
-    """Of one tenant the shortest prefill goes first; each second of waiting counts as so many seconds of prefill less. 0 never lets long prompts catch up, large values are first come, first served."""
+    """Of one tenant the shortest prefill goes first; what a request has waited counts, times this, as prefill less. 0 never lets long prompts catch up, large values are first come, first served."""
 
 
 class PoolConfig(Section):
@@ -246,7 +318,7 @@ class Requests(Section):
     """Deepest nesting of a request body; above it the client gets 400."""
     max_prompt_blocks: int = Field(default=1024, ge=16, le=1024)
     """Most blocks of a prompt that are hashed; what comes after them is not looked up in the prefix index."""
-    large_body_bytes: int = Field(default=256 * 1024, ge=1024)
+    large_body_bytes: int = Field(default=128 * 1024, ge=1024)
     """A body above this many bytes is read in a process of its own, so that it does not stall others."""
     max_flights: int = Field(default=100_000, ge=1)
     """Most requests in flight; beyond, further ones are refused with 503."""
@@ -270,13 +342,17 @@ class EnvoyConfig(Section):
     bootstrap_file: Path = Path("envoy.json")
     """Where `extproc envoy` writes the bootstrap."""
     fail_open: bool = True
-    """When extproc does not answer, let requests pass by least request over the last known members. false: they fail with 500 or 504."""
+    """When extproc does not answer, let requests pass by least request over the last known members. false: they fail with 503, or with 504 while extproc hangs and Envoy has not noticed."""
     message_timeout_s: Seconds = 0.5
     """Seconds that Envoy waits for one answer of extproc."""
     connect_timeout_s: Seconds = 0.25
     """Seconds for a TCP connection to a replica."""
     retries: int = Field(default=2, ge=0, le=5)
-    """Attempts on further replicas after a failed connection, a reset before the request was sent, or a 503."""
+    """Attempts on further replicas, for all reasons together: no connection, a stream that was refused, and what the next two keys name. A request that kills the engine that runs it kills at most one more than this."""
+    retry_resets: bool = True
+    """Also send a request elsewhere whose replica died, or kept silent beyond all patience, before the headers of its response: a generation can be repeated. false: only where the request had not been sent; a request that kills engines then kills one."""
+    retry_statuses: tuple[Annotated[int, Field(ge=500, le=599)], ...] = (500, 502, 503)
+    """Statuses of a replica after which the next is asked. 500 is among them because vLLM answers so while it shuts down or its engine is dead; a fault of the request itself is then repeated `retries` times. 504 is not: whoever gave up waiting in front of the engine would be kept waiting again."""
     stream_idle_timeout_s: Seconds = 600.0
     """Seconds without a byte in either direction before Envoy gives a request up."""
     progress_interval_s: float | None = Field(default=1.0, ge=0.1)
@@ -314,9 +390,9 @@ class Config(Section):
 
     @property
     def hold_limit_s(self) -> float:
-        """Longest time for which a request may be kept, with some seconds for what surrounds the wait."""
+        """Longest time for which a request may be kept: to be read, to have its turn, and some seconds for what surrounds that."""
         waits = (max(p.queue.max_wait_s, p.queue.absent_wait_s) for p in self.pools if p.queue.enabled)
-        return max(waits, default=0.0) + 5.0
+        return max(waits, default=0.0) + READING_LIMIT_S + 5.0
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
@@ -473,12 +549,16 @@ def _absolute(config: Config, base: Path) -> Config:
     def absolute(path: Path) -> Path:
         return path if path.is_absolute() else (base / path).absolute()
 
-    pools = tuple(
-        p.model_copy(update={"discovery": Discovery(file=FileDiscovery(path=absolute(p.discovery.file.path)))})
-        if p.discovery and p.discovery.file
-        else p
-        for p in config.pools
-    )
+    def placed(source: Section | None) -> Section | None:
+        if source is None:
+            return None
+        paths = {n: absolute(v) for n in type(source).model_fields if isinstance(v := getattr(source, n), Path)}
+        return source.model_copy(update=paths)
+
+    def found(discovery: Discovery) -> Discovery:
+        return discovery.model_copy(update={n: placed(getattr(discovery, n)) for n in Discovery.model_fields})
+
+    pools = tuple(p.model_copy(update={"discovery": found(p.discovery)}) if p.discovery else p for p in config.pools)
     envoy = config.envoy.model_copy(
         update={
             "endpoints_file": absolute(config.envoy.endpoints_file),

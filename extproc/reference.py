@@ -108,16 +108,25 @@ def metrics() -> str:
     """docs/metrics.md: every series with its labels and meaning."""
     from random import Random
 
+    from extproc.adapters.looplag import LoopWatch
     from extproc.adapters.metrics import FleetCollector, RouterMetrics, ServerCollector
+    from extproc.adapters.metrics_queue import QueueCollector, QueueMetrics
+    from extproc.adapters.metrics_service import ServiceCollector, idle_life
+    from extproc.adapters.reading import ReadingCollector, ReadingCounts
     from extproc.core.router import PoolSettings, Router
     from extproc.envoy.access_log import LogCounts
     from extproc.envoy.server import StreamCounts
 
     registry = CollectorRegistry()
     RouterMetrics(registry)
+    QueueMetrics(registry)
     registry.register(ServerCollector(StreamCounts(), LogCounts()))
-    counted = sorted(registry.collect(), key=lambda m: m.name)
+    registry.register(ReadingCollector(ReadingCounts(), lambda: 0))
+    registry.register(LoopWatch())
     router = Router([PoolSettings("default")], Random(0))
+    registry.register(QueueCollector(router))
+    registry.register(ServiceCollector(idle_life(router)))
+    counted = sorted(registry.collect(), key=lambda m: m.name)
     gauges = sorted(FleetCollector(router, lambda: 0.0).collect(), key=lambda m: m.name)
     rows = [f"| `{_series(m)}` | {m.type} | {m.documentation} |\n" for m in (*counted, *gauges)]
     return (

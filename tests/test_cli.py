@@ -97,11 +97,18 @@ def test_envoy_says_what_only_envoy_would_notice(tmp_path: Path) -> None:
     assert "requests.session_header" in result.output
 
 
+NOBODY = "127.0.0.1:9"
+"""The discard port: nothing listens there."""
+
+
 async def explained(*arguments: str, given: str) -> tuple[int, str]:
+    return await commanded("explain", *arguments, given=given)
+
+
+async def commanded(*arguments: str, given: str = "") -> tuple[int, str]:
     """The command as a process: it waits for a server that runs in this loop."""
     process = await asyncio.create_subprocess_exec(
         *COMMAND,
-        "explain",
         *arguments,
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
@@ -147,6 +154,19 @@ async def untouched(served: Served, *replicas: Replica) -> bool:
 async def test_explain_without_a_server_says_so() -> None:
     code, text = await explained("--url", f"http://127.0.0.1:{free_port()}", given="{}")
     assert (code, "is `extproc serve` running" in text) == (1, True)
+
+
+async def test_drain_tells_the_server_and_shows_the_new_state(tmp_path: Path) -> None:
+    pool = {"replicas": [NOBODY, "127.0.0.1:10"], "engine": "none"}
+    async with Served(configured(tmp_path, pool)) as served:
+        code, text = await commanded("drain", NOBODY, "--within", "120", "--pool", "default", "--url", served.url)
+        assert (code, text.startswith(f"{NOBODY} of pool default: ")) == (0, True), text
+        assert f"by call: DrainAsked(pool='default', address='{NOBODY}', within_s=120.0)" in served.log()
+        code, text = await commanded("drain", NOBODY, "--undo", "--url", f"{served.url}/")
+        assert (code, text.endswith(", 0 in flight\n")) == (0, True), text
+        assert f"by call: DrainEnded(pool='default', address='{NOBODY}')" in served.log()
+        code, text = await commanded("drain", "127.0.0.1:11", "--url", served.url)
+        assert (code, "no replica '127.0.0.1:11' in any pool" in text) == (1, True)
 
 
 async def test_serve_says_in_one_line_why_it_cannot(tmp_path: Path) -> None:

@@ -155,7 +155,9 @@ def test_every_command_and_option_has_a_help_text() -> None:
 
 def test_every_path_of_the_http_port_is_in_the_readme() -> None:
     pool = PoolSettings("p")
-    admin = Admin(Router([pool], Random(1)), Recorder(1), CollectorRegistry(), lambda: 0.0, lambda: None, 1)
+    admin = Admin(
+        Router([pool], Random(1)), Recorder(1), CollectorRegistry(), lambda: 0.0, lambda: None, 1, lambda _: None
+    )
     paths = {r.resource.canonical for r in admin.application().router.routes() if isinstance(r.resource, web.Resource)}
     text = README.read_text()
     assert sorted(path for path in paths - {"/"} if path not in text) == []

@@ -1,8 +1,15 @@
-"""The HTTP port: metrics, probes, and a look inside. Read-only: nothing here routes, reserves or changes anything."""
+"""The HTTP port: metrics, probes, a look inside, and drains.
+
+Nothing here routes or reserves, and no GET changes anything. The two POSTs that drain are refused to browsers: whoever can reach
+this port may drain, and a page that the operator happens to look at must not be able to (every browser sends `Origin` with a POST,
+its own pages included: Fetch Standard, "append a request Origin header").
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from html import escape
 from typing import Any, Final
 
 import orjson
@@ -13,11 +20,19 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from extproc.adapters.recorder import Recorder, decision_view
 from extproc.core.fleet import Member
 from extproc.core.router import Router
-from extproc.core.types import Reject
+from extproc.core.types import DrainAsked, DrainEnded, Fact, Reject
 from extproc.openai import errors, requests
 
 _PATHS: Final = {"messages": "/v1/chat/completions", "prompt": "/v1/completions", "input": "/v1/responses"}
 """Where a body with that key belongs, for `explain` without `?path=`."""
+
+_BRIEFLY: Final = ("pool", "replica", "state", "reason", "since_s", "drain_left_s", "in_flight")
+"""What the page, and the answer to a drain, show of each replica."""
+
+MAX_SHOWN: Final = 500
+"""Decisions on one page: more would hold up requests, at 20 us each."""
+MAX_EXPLAINED_BYTES: Final = 1 << 20
+"""Of a body to explain: it is read beside requests, in the same process."""
 
 _PAGE: Final = """<!doctype html><meta charset="utf-8"><title>extproc</title>
 <style>body{font:15px/1.5 system-ui;margin:2rem;max-width:60rem}td,th{padding:.2rem .8rem;text-align:right}</style>
@@ -26,6 +41,7 @@ _PAGE: Final = """<!doctype html><meta charset="utf-8"><title>extproc</title>
 <li><a href="/debug/replicas">/debug/replicas</a> what is known of each replica
 <li><a href="/debug/decisions?n=20">/debug/decisions?n=20</a> the last decisions and how they ended
 <li>POST /debug/explain: a request body in, the decision it would get out
+<li>POST /replicas/drain?replica=ip:port[&amp;within_s=120], /replicas/undrain?replica=ip:port: nothing new there, and again
 <li><a href="/livez">/livez</a>, <a href="/readyz">/readyz</a></ul>"""
 
 
@@ -40,17 +56,19 @@ class Admin:
         clock: Callable[[], float],
         ready: Callable[[], str | None],
         max_body_bytes: int,
+        learn: Callable[[Fact], None],
     ) -> None:
-        """`ready` returns None, or why extproc is not ready."""
+        """`ready` returns None, or why extproc is not ready. `learn` takes the drains asked for here."""
         self._router = router
         self._recorder = recorder
         self._registry = registry
         self._clock = clock
         self._ready = ready
         self._max_body_bytes = max_body_bytes
+        self._learn = learn
 
     def application(self) -> web.Application:
-        app = web.Application(client_max_size=self._max_body_bytes)
+        app = web.Application(client_max_size=min(self._max_body_bytes, MAX_EXPLAINED_BYTES))
         app.add_routes(
             [
                 web.get("/", self._page),
@@ -60,12 +78,14 @@ class Admin:
                 web.get("/debug/replicas", self._replicas),
                 web.get("/debug/decisions", self._decisions),
                 web.post("/debug/explain", self._explain),
+                web.post("/replicas/drain", self._drain),
+                web.post("/replicas/undrain", self._undrain),
             ]
         )
         return app
 
     async def _page(self, _: web.Request) -> web.Response:
-        return web.Response(text=_PAGE, content_type="text/html")
+        return web.Response(text=_PAGE + _table(self._views()), content_type="text/html")
 
     async def _metrics(self, _: web.Request) -> web.Response:
         return web.Response(body=generate_latest(self._registry), headers={"content-type": CONTENT_TYPE_LATEST})
@@ -78,14 +98,13 @@ class Admin:
         return web.Response(text="ok\n") if why is None else web.Response(text=f"{why}\n", status=503)
 
     async def _replicas(self, _: web.Request) -> web.Response:
-        now = self._clock()
-        return _json([member_view(pool, member, self._router, now) for pool, member in self._router.members()])
+        return _json(self._views())
 
     async def _decisions(self, request: web.Request) -> web.Response:
         text = request.query.get("n", "50")
         if not text.isdecimal():
-            return _json({"error": f"n must be a number, not {text[:20]!r}"}, status=400)
-        return _json([record.view() for record in self._recorder.last(int(text))])
+            return _refused(400, f"n must be a number, not {text[:20]!r}")
+        return _json([record.view() for record in self._recorder.last(min(int(text[:9]), MAX_SHOWN))])
 
     async def _explain(self, request: web.Request) -> web.Response:
         """Errors are those that the client would get."""
@@ -99,16 +118,74 @@ class Admin:
             return _http(errors.of_refusal(decision))
         return _json(decision_view(decision))
 
+    async def _drain(self, request: web.Request) -> web.Response:
+        """`within_s`: the replica ends so many seconds from now, whatever runs there."""
+        text = request.query.get("within_s")
+        within_s = None if text is None else _seconds(text)
+        if text is not None and within_s is None:
+            return _refused(400, f"within_s must be a number of seconds, 0 or more, not {text[:20]!r}")
+        return self._tell(request, lambda pool, address: DrainAsked(pool, address, within_s))
+
+    async def _undrain(self, request: web.Request) -> web.Response:
+        return self._tell(request, DrainEnded)
+
+    def _tell(self, request: web.Request, fact: Callable[[str, str], Fact]) -> web.Response:
+        """Learn a fact on the replica that the request names, in each pool that has it, and answer with its new state."""
+        if "Origin" in request.headers:
+            return _refused(403, "not for browsers; use curl, or extproc drain")
+        address, only = request.query.get("replica"), request.query.get("pool")
+        if not address:
+            return _refused(400, "replica is missing; add ?replica=ip:port")
+        pools = [p for p, m in self._router.members() if m.address == address and only in (None, p)]
+        if not pools:
+            where = "any pool" if only is None else f"a pool {only[:64]!r}"
+            return _refused(404, f"no replica {address[:64]!r} in {where}; GET /debug/replicas lists them")
+        for pool in pools:
+            self._learn(fact(pool, address))
+        told = [view for view in self._views() if view["replica"] == address and view["pool"] in pools]
+        return _json([{key: view[key] for key in _BRIEFLY} for view in told])
+
+    def _views(self) -> list[dict[str, Any]]:
+        now = self._clock()
+        return [member_view(pool, member, self._router, now) for pool, member in self._router.members()]
+
+
+def _table(views: list[dict[str, Any]]) -> str:
+    """The replicas, briefly, as HTML."""
+    rows = (f"<tr><td>{'<td>'.join(escape(_cell(view[key])) for key in _BRIEFLY)}" for view in views)
+    return f"<table><tr><th>{'<th>'.join(_BRIEFLY)}{''.join(rows)}</table>"
+
+
+def _cell(value: object) -> str:
+    return "" if value is None else f"{value:.0f}" if isinstance(value, float) else str(value)
+
+
+def _seconds(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) and value >= 0 else None
+
+
+def _refused(status: int, why: str) -> web.Response:
+    return _json({"error": why}, status)
+
 
 def member_view(pool: str, member: Member, router: Router, now: float) -> dict[str, Any]:
     """One replica as JSON. Unknown is null."""
-    sample = member.sample
+    sample, health = member.sample, member.health
+    state, reason, since = health.why(now)
+    drain_left_s = health.drain_left_s(now)
     return {
         "pool": pool,
         "replica": member.address,
         "labels": dict(member.replica.labels),
         "weight": member.replica.weight,
-        "state": member.readiness(now).value,
+        "state": state.value,
+        "reason": reason.value,
+        "since_s": round(now - since, 3),
+        "drain_left_s": None if drain_left_s is None else round(drain_left_s, 3),
         "in_flight": len(member.load),
         "prefilling": member.load.prefilling(now),
         "decoding": member.load.decoding(now),

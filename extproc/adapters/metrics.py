@@ -14,8 +14,9 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from extproc.core.fleet import Readiness
-from extproc.core.observers import Ended, Quiet
+from extproc.core.fleet import FAILED_OPEN
+from extproc.core.health.states import State
+from extproc.core.observers import Ended, HealthChanged, Quiet
 from extproc.core.router import Router
 from extproc.core.types import Decision, End, Outcome, Reject
 
@@ -81,6 +82,18 @@ class RouterMetrics(Quiet):
         self.prompt_size = histogram("request_prompt_tokens", "Prompt tokens per request, estimated.", TOKENS, "pool")
         self.deciding = histogram("decision_seconds", "Reading a request and choosing its replica.", DECIDING)
         self.scrapes = counter("scrapes", "Scrapes of replicas' metrics.", "pool", "result")
+        self.probes = counter("probes", "Active checks of replicas.", "pool", "probe", "result")
+        self.health_changes = counter(
+            "health_changes",
+            "Changes of a replica's state, by the state it came to and why.",
+            "pool",
+            "replica",
+            "state",
+            "reason",
+        )
+        self.failed_open = counter(
+            "failed_open", "Requests routed though every replica they may go to is out: to the least bad one.", "pool"
+        )
         self.discovery_errors = counter("discovery_errors", "Discovery sources that could not be read.", "pool")
 
         self._children: dict[tuple[Any, ...], Any] = {}
@@ -100,6 +113,11 @@ class RouterMetrics(Quiet):
         self._members.update(decision.endpoints)
         self._of(self.decisions, pool, decision.policy, decision.reason, decision.endpoints[0]).inc()
         self._of(self.prompt_size, pool).observe(decision.prompt_tokens)
+        if decision.reason == FAILED_OPEN:
+            self._of(self.failed_open, pool).inc()
+
+    def health_changed(self, change: HealthChanged) -> None:
+        self._of(self.health_changes, change.pool, change.address, change.after.value, change.reason.value).inc()
 
     def decided_in(self, seconds: float) -> None:
         """How long one decision took, the body's parsing included."""
@@ -163,7 +181,7 @@ class RouterMetrics(Quiet):
         """Drop the series of a replica that is no longer a member: addresses of pods never come back."""
         self._members.discard(address)
         self._children = {key: child for key, child in self._children.items() if address not in key[1:]}
-        for metric in (self.decisions, self.outcomes, self.prompt_tokens, self.output_tokens):
+        for metric in (self.decisions, self.outcomes, self.prompt_tokens, self.output_tokens, self.health_changes):
             metric.remove_by_labels({"pool": pool, "replica": address})
 
 
@@ -220,9 +238,9 @@ class FleetCollector(Collector):
         trust = gauge("hit_trust_ratio", "Actual over predicted prefix hits, smoothed.")
         for pool, member in self._router.members():
             key = (pool, member.address)
-            readiness = member.readiness(now)
-            for one in Readiness:
-                state.add_metric((*key, one.value), float(readiness is one))
+            current = member.state(now)
+            for one in State:
+                state.add_metric((*key, one.value), float(current is one))
             in_flight.add_metric(key, len(member.load))
             held.add_metric(key, member.load.held_tokens)
             queued.add_metric(key, member.load.queued_tokens(now))

@@ -1,22 +1,20 @@
-"""Scrapes replicas at a pace that follows their work, and hands on what they say as facts.
-
-One task per replica scrapes, waits and scrapes again, so that two scrapes of one replica never run at once.
-"""
+"""Scrapes replicas at a pace that follows their work, and hands on what they say as facts."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from random import Random
 from typing import Final
 
 from extproc.adapters.engines import Engine, listed_models
-from extproc.adapters.pages import HttpPages, Pages
+from extproc.adapters.pages import Pages
+from extproc.adapters.rounds import Rounds, Visited, now
 from extproc.config import Scrape
-from extproc.core.types import Add, Change, Fact, NotSampled, Remove, Reset, Sample, Sampled, ScrapeFailure, Serves
+from extproc.core.types import Fact, NotSampled, Sample, Sampled, ScrapeFailure, Serves
 
 log = logging.getLogger(__name__)
 
@@ -33,13 +31,10 @@ class Target:
 
 
 @dataclass(slots=True, eq=False)
-class _Watched:
-    """One replica and the state of its task."""
+class _Watched(Visited):
+    """One replica and what its scrapes brought."""
 
-    pool: str
-    address: str
     target: Target
-    woken: asyncio.Event = field(default_factory=asyncio.Event)
     result: Sample | ScrapeFailure | None = None
     """What the last scrape brought; None before the first."""
     refused: int = 0
@@ -67,12 +62,17 @@ class _Watched:
         return scrape.interval_s if busy or self.has_work() else scrape.idle_interval_s
 
 
-class Scraper:
+class Scraper(Rounds[_Watched]):
     """Scrapes every replica of which `follow` told, until `stop`.
 
     `learn` gets the facts, within the task of the replica. `busy` says whether we have flights on an address, for an engine that
     has just been given work still says that it has none.
+
+    `wake`: the replica was given work, or doubt arose. It is scraped one `interval_s` from then, if that is sooner than planned.
+    Not at once: until its next step is done an engine says what it said before, and that would look fresh.
     """
+
+    verb = "scrape"
 
     def __init__(
         self,
@@ -84,83 +84,22 @@ class Scraper:
         pages: Pages | None = None,
     ) -> None:
         """`targets`: by name of the pool; changes of other pools are ignored. `pages` is closed by `stop`."""
-        self._targets = targets
+        super().__init__(targets, rng, pages)
+        self._targets = dict(targets)
         self._learn = learn
         self._busy = busy
-        self._rng = rng
-        self._pages = pages or HttpPages()
-        self._tasks: dict[tuple[str, str], tuple[_Watched, asyncio.Task[None]]] = {}
-        self._ending: set[asyncio.Task[None]] = set()
-        self._stopped = False
 
-    def __repr__(self) -> str:
-        states = [watched.state for watched, _ in self._tasks.values()]
-        told = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
-        return f"<Scraper {told or 'no replicas'}>"
+    def retarget(self, pool: str, target: Target) -> None:
+        """Read the replicas of a pool in another way from their next scrape on."""
+        self._targets[pool] = target
+        for watched in self._of(pool):
+            watched.target = target
 
-    async def stop(self) -> None:
-        """Cancel all scrapes and wait for their end. Changes that come later are ignored."""
-        self._stopped = True
-        for key in list(self._tasks):
-            self._end(key)
-        await asyncio.gather(*self._ending, return_exceptions=True)
-        await self._pages.close()
+    def _enter(self, pool: str, address: str) -> _Watched:
+        return _Watched(pool, address, self._targets[pool])
 
-    def follow(self, change: Change) -> None:
-        """Begin with replicas that joined, end with those that left; one that stays goes on undisturbed. Needs a running loop."""
-        if self._stopped or change.pool not in self._targets:
-            return
-        match change:
-            case Reset(pool=pool, replicas=replicas):
-                listed = {(pool, r.address): None for r in replicas}
-                for key in [k for k in self._tasks if k[0] == pool and k not in listed]:
-                    self._end(key)
-                for key in listed:
-                    self._begin(key)
-            case Add(pool=pool, replica=replica):
-                self._begin((pool, replica.address))
-            case Remove(pool=pool, address=address):
-                self._end((pool, address))
-
-    def wake(self, address: str) -> None:
-        """The replica was given work, or doubt arose: scrape it one `interval_s` from now, if that is sooner than planned.
-
-        Not at once: until its next step is done an engine says what it said before, and that would look fresh.
-        """
-        for watched in self._at(address):
-            watched.woken.set()
-
-    def _at(self, address: str) -> Iterator[_Watched]:
-        for pool in self._targets:
-            if found := self._tasks.get((pool, address)):
-                yield found[0]
-
-    def _begin(self, key: tuple[str, str]) -> None:
-        if key in self._tasks:
-            return
-        pool, address = key
-        watched = _Watched(pool, address, self._targets[pool])
-        self._tasks[key] = watched, asyncio.create_task(self._watch(watched), name=f"scrape {address}")
-
-    def _end(self, key: tuple[str, str]) -> None:
-        if found := self._tasks.pop(key, None):
-            _, task = found
-            self._ending.add(task)
-            task.add_done_callback(self._ending.discard)
-            task.cancel()
-
-    async def _watch(self, watched: _Watched) -> None:
-        """The life of one replica's task."""
-        # Spread over one interval, and kept apart by the jitter of each wait: else a hundred replicas that joined at once would
-        # be parsed in one go for ever, and decisions would wait behind them.
-        await asyncio.sleep(self._rng.random() * watched.target.scrape.interval_s)
-        while True:
-            watched.woken.clear()
-            try:
-                await self._visit(watched)
-            except Exception:  # a mistake of ours must not leave the replica unread for good
-                log.exception("scrape of %s in pool %s failed", watched.address, watched.pool)
-            await self._rest(watched)
+    def _first_s(self, watched: _Watched) -> float:
+        return watched.target.scrape.interval_s
 
     async def _visit(self, watched: _Watched) -> None:
         """Read the metrics, and the models where they are due and the replica answers at all."""
@@ -169,7 +108,7 @@ class Scraper:
             self._note(watched, result)
             if result in (ScrapeFailure.REFUSED, ScrapeFailure.LATE):
                 return
-        if _now() >= watched.models_due:
+        if now() >= watched.models_due:
             await self._read_models(watched)
 
     async def _sample(self, watched: _Watched, engine: Engine) -> Sample | ScrapeFailure:
@@ -196,9 +135,9 @@ class Scraper:
         page = await self._pages.get(watched.address, MODELS_PATH, scrape.timeout_s)
         models = None if isinstance(page, ScrapeFailure) else listed_models(page)
         if models is None:
-            watched.models_due = _now() + min(scrape.idle_interval_s, scrape.models_interval_s)
+            watched.models_due = now() + min(scrape.idle_interval_s, scrape.models_interval_s)
             return
-        watched.models_due = _now() + scrape.models_interval_s
+        watched.models_due = now() + scrape.models_interval_s
         self._learn(Serves(watched.pool, watched.address, models))
 
     async def _rest(self, watched: _Watched) -> None:
@@ -213,11 +152,3 @@ class Scraper:
             async with asyncio.timeout(pause - last):
                 await watched.woken.wait()
         await asyncio.sleep(last)
-
-    def _jitter(self) -> float:
-        """0.9 to 1.0: the configured interval is a promise, so only downwards."""
-        return 1.0 - 0.1 * self._rng.random()
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()

@@ -3,41 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from enum import StrEnum
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import Final
 
-from extproc.core.flights import Load
+from extproc.core.flights import Flight, Load
+from extproc.core.health.progress import silence_s
+from extproc.core.health.replica import Health, Report, untold
+from extproc.core.health.settings import HealthSettings
+from extproc.core.health.states import Reason, State
 from extproc.core.speed import Shared, Speed
 from extproc.core.steptime import prior
-from extproc.core.types import Add, Change, Remove, Replica, Reset, Sample, ScrapeFailure
+from extproc.core.types import Add, Change, Probe, Remove, Replica, Reset, Sample, ScrapeFailure
 
-SUSPECT_S = 2.0
-"""After a failed connection or a 5xx a replica is passed over for so long, or until a scrape answers: a scrape comes within that time."""
-
-
+FAILED_OPEN: Final = "failed_open"
+"""The reason of decisions among replicas that are all out."""
 STRANGERS_S: Final = 10.0
 """Requests of others are averaged over about so many seconds. The last sample alone would be the same for all routers that
 read it, and would send all of them to the same replica."""
-
-
-class Readiness(StrEnum):
-    """Whether a member may be chosen; also a metric label."""
-
-    READY = "ready"
-    UNSAMPLED = "unsampled"  # its metrics were never read: it may still be loading its model
-    SUSPECT = "suspect"  # the last request we sent there failed
-    DOWN = "down"  # nothing listens there
 
 
 class Member:
     """One replica with all that is known of it."""
 
     __slots__ = (
-        "_stale_after_s",
         "answered_at",
         "cache_share",
-        "down",
+        "health",
         "heard_at",
         "held_at_sample",
         "hit_trust",
@@ -52,25 +44,31 @@ class Member:
         "sampled_at",
         "scraped",
         "speed",
+        "stale_after_s",
         "strangers",
-        "suspect_until",
     )
 
     def __init__(
-        self, replica: Replica, now: float, scraped: bool, stale_after_s: float, learned: Shared | None = None
+        self,
+        replica: Replica,
+        now: float,
+        scraped: bool,
+        stale_after_s: float,
+        learned: Shared | None = None,
+        settings: HealthSettings = HealthSettings(),  # noqa: B008  # nobody changes it
+        slow_from: float = math.inf,
+        report: Report = untold,
     ) -> None:
-        """`learned`: what is learned together with the other members; None for one alone."""
+        """`learned`: what is learned together with the other members; None for one alone. The rest is for its health."""
         self.replica = replica
         self.scraped = scraped
         """Whether samples are to be expected at all."""
-        self._stale_after_s = stale_after_s
+        self.stale_after_s = stale_after_s
         self.joined_at = now
         self.sample: Sample | None = None
         self.sampled_at: float | None = None
         self.late_scrapes = 0
         """Scrapes in a row that brought nothing, though something listens."""
-        self.down = False
-        self.suspect_until = now
         self.models: tuple[str, ...] = ()
         self.load = Load()
         self.speed = Speed(prior(replica.labels), learned)
@@ -89,10 +87,11 @@ class Member:
         """Our own requests and their tokens there when the sample came."""
         self.heard_at = now
         """Last sign of work: a byte, an answer, or a counter of tokens that moved."""
+        self.health = Health(settings, now, scraped=scraped, drain=_drains(replica), slow_from=slow_from, report=report)
 
     def __repr__(self) -> str:
         age = "never sampled" if self.sampled_at is None else f"sampled at {self.sampled_at:.3f}"
-        return f"<member {self.address} {len(self.load)} in flight, {age}{', down' if self.down else ''}>"
+        return f"<member {self.address} {self.health}, {len(self.load)} in flight, {age}>"
 
     @property
     def address(self) -> str:
@@ -100,18 +99,13 @@ class Member:
 
     def fresh(self, now: float) -> Sample | None:
         """The last sample unless it is too old to count."""
-        if self.sampled_at is None or now - self.sampled_at > self._stale_after_s:
+        if self.sampled_at is None or now - self.sampled_at > self.stale_after_s:
             return None
         return self.sample
 
-    def readiness(self, now: float) -> Readiness:
-        if self.down:
-            return Readiness.DOWN
-        if now < self.suspect_until:
-            return Readiness.SUSPECT
-        if self.scraped and self.sample is None:
-            return Readiness.UNSAMPLED
-        return Readiness.READY
+    def state(self, now: float) -> State:
+        """Whether and how much it may be chosen."""
+        return self.health.state(now)
 
     def sampled(self, sample: Sample, now: float) -> bool:
         """Take in a scrape. True if the engine restarted since the last one: a counter went back, or nothing listened."""
@@ -119,32 +113,91 @@ class Member:
         self.sample, self.sampled_at = sample, now
         if before is not None:
             self.speed.fade(elapsed_s)
-        restarted = self.down or (before is not None and _went_back(before, sample))
-        self.down, self.late_scrapes, self.suspect_until = False, 0, now
+        restarts = self.health.restarts
+        self.health.heard(now, other=before is not None and _went_back(before, sample))
+        self.late_scrapes = 0
         if sample.running is not None and sample.waiting is not None:
             strangers = max(0, sample.running + sample.waiting - len(self.load))
             self.strangers += (strangers - self.strangers) * (1.0 - math.exp(-elapsed_s / STRANGERS_S))
         self.opened_at_sample, self.held_at_sample = len(self.load), self.load.held_tokens
         if before is not None and _moved(before, sample):
-            self.heard_at = now
-        return restarted
+            self.worked(now)
+        return self.health.restarts > restarts
 
-    def not_sampled(self, why: ScrapeFailure) -> None:
+    def not_sampled(self, why: ScrapeFailure, now: float) -> None:
         """A scrape failed. A late page leaves the sample to age; only a refused connection says that nobody is there."""
         if why is ScrapeFailure.REFUSED:
-            self.down = True
+            self.health.refused(now)
         else:
             self.late_scrapes += 1
 
-    def failed(self, now: float) -> None:
-        """A request sent there found no connection or a 5xx."""
-        self.suspect_until = now + SUSPECT_S
+    def probed(self, probe: Probe, ok: bool, now: float) -> bool:
+        """A check came back. True if another process is there than before."""
+        restarts = self.health.restarts
+        self.health.probed(probe, ok, now)
+        if ok and probe is Probe.DEEP:
+            self.worked(now)
+        return self._replaced(restarts)
 
-    def answered(self, duration_s: float, now: float) -> None:
-        """A request sent there was answered, after `duration_s`."""
+    def _replaced(self, restarts: int) -> bool:
+        """Whether another process is there than when it had restarted so often."""
+        if self.health.restarts == restarts:
+            return False
+        # The sample is of the process before: its counters would make the next page a restart again.
+        self.sample = self.sampled_at = None
+        return True
+
+    def worked(self, now: float) -> None:
+        """It gave a sign of work."""
+        self.heard_at = now
+        self.health.worked(now)
+
+    def failed(self, now: float, flight: Flight | None = None) -> None:
+        """A request that was sent there found no connection, a 5xx, or no end. `flight`: None for one sent just now."""
+        since = self.health.failing_since
+        working = self.heard_at > since and any(running.routed_at < since for running in self.load)
+        self.health.failed(now if flight is None else flight.routed_at, now, working)
+
+    def answered(self, duration_s: float, now: float, flight: Flight | None = None) -> bool:
+        """A request that was sent there was answered, after `duration_s`. `flight`: None for one sent just now.
+
+        True if another process is there than before.
+        """
         self.latency_s = _average(self.latency_s, duration_s)
-        self.answered_at = self.heard_at = now
-        self.suspect_until = now
+        self.answered_at = now
+        self.worked(now)
+        if flight is not None and flight.vouched:
+            return False
+        restarts = self.health.restarts
+        self.health.succeeded(now if flight is None else flight.routed_at, now)
+        return self._replaced(restarts)
+
+    def began(self, flight: Flight, now: float) -> None:
+        """The first token of a request came. On trial that counts as its success: the next need not wait for its last."""
+        if self.health.trial == flight.id:
+            flight.vouched = True
+            self.health.released(flight.id)
+            self.health.succeeded(flight.routed_at, now)
+
+    def expire(self, now: float) -> None:
+        """Notice what time has changed: states that end, and work that makes no progress."""
+        if len(self.load):
+            silent_s = silence_s(self.load, self.heard_at, self._counted(now), self.health.settings, now)
+            if silent_s:
+                self.health.silent_for(silent_s, now)
+        oldest = min((flight.routed_at for flight in self.load), default=None) if self.health.waits else None
+        self.health.expire(now, oldest)
+
+    def _counted(self, now: float) -> bool:
+        """Whether its counters of tokens are known as of now."""
+        sample = self.sample
+        if (
+            sample is None
+            or self.sampled_at is None
+            or (sample.generated_tokens is None and sample.prompt_tokens is None)
+        ):
+            return False
+        return now - self.sampled_at <= self.health.settings.hang_s / 2
 
     def hit(self, predicted_tokens: float, actual_tokens: int) -> None:
         """Compare a predicted prefix hit with the actual one."""
@@ -167,6 +220,10 @@ class Member:
         return max(0, sample.waiting + len(self.load) - self.opened_at_sample)
 
 
+def _drains(replica: Replica) -> bool:
+    return replica.drain or replica.labels.get("drain") == "true"
+
+
 def _moved(before: Sample, after: Sample) -> bool:
     pairs = ((before.prompt_tokens, after.prompt_tokens), (before.generated_tokens, after.generated_tokens))
     return any(b is not None and a is not None and a > b for b, a in pairs)
@@ -181,14 +238,31 @@ def _average(before: float | None, value: float) -> float:
     return value if before is None else before + 0.2 * (value - before)
 
 
+Changed = Callable[[str, State, State, Reason], None]
+"""Takes an address, the state of its replica before and after, and why it changed."""
+
+
+def _unheard(address: str, before: State, after: State, reason: Reason) -> None:
+    """Changes of health that nobody wants to know of."""
+
+
 class Fleet:
     """The members of one pool, in the order in which discovery named them."""
 
-    def __init__(self, scraped: bool = True, stale_after_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        scraped: bool = True,
+        stale_after_s: float = 10.0,
+        health: HealthSettings = HealthSettings(),  # noqa: B008  # nobody changes it
+        changed: Changed = _unheard,
+    ) -> None:
         self._members: dict[str, Member] = {}
         self._learned = Shared()
         self._scraped = scraped
         self._stale_after_s = stale_after_s
+        self._health = health
+        self._changed = changed
+        self._slow_from = math.inf
 
     def __len__(self) -> int:
         return len(self._members)
@@ -203,19 +277,28 @@ class Fleet:
     def get(self, address: str) -> Member | None:
         return self._members.get(address)
 
+    def configure(self, stale_after_s: float, health: HealthSettings | None = None) -> None:
+        """Go on with other settings."""
+        self._stale_after_s = stale_after_s
+        self._health = health or self._health
+        for member in self._members.values():
+            member.stale_after_s = stale_after_s
+            member.health.configure(self._health)
+
     def apply(self, change: Change, now: float) -> list[str]:
         """Take in a change of membership. Returns the addresses that left."""
+        if not self._members:
+            # Of those that join now nobody is new to the others: all get their full share as soon as they are heard of.
+            self._slow_from = now + self._health.slow_start_s
         match change:
             case Add(replica=replica):
                 self._join(replica, now)
                 return []
             case Remove(address=address):
-                return [address] if self._members.pop(address, None) else []
+                return self._leave([address], now)
             case Reset(replicas=replicas):
                 listed = {r.address for r in replicas}
-                gone = [a for a in self._members if a not in listed]
-                for address in gone:
-                    del self._members[address]
+                gone = self._leave([a for a in self._members if a not in listed], now)
                 for replica in replicas:
                     self._join(replica, now)
                 return gone
@@ -224,27 +307,93 @@ class Fleet:
         """A known address keeps its load and what was learned there, unless its labels say that it is other hardware."""
         member = self._members.get(replica.address)
         if member is None:
-            self._members[replica.address] = Member(replica, now, self._scraped, self._stale_after_s, self._learned)
+            self._members[replica.address] = Member(
+                replica,
+                now,
+                self._scraped,
+                self._stale_after_s,
+                self._learned,
+                self._health,
+                self._slow_from,
+                partial(self._changed, replica.address),
+            )
             return
-        if member.replica.labels != replica.labels:
+        if _hardware(member.replica) != _hardware(replica):
             member.speed = Speed(prior(replica.labels), self._learned)
         member.replica = replica
+        member.health.listed(_drains(replica), now)
+
+    def _leave(self, addresses: Collection[str], now: float) -> list[str]:
+        left = [address for address in addresses if address in self._members]
+        for address in left:
+            self._members.pop(address).health.left(now)
+        return left
+
+    def expire(self, now: float) -> None:
+        """Notice what time has changed. To be called several times a second."""
+        for member in self._members.values():
+            member.expire(now)
+
+    def absent(self, now: float) -> bool:
+        """Whether there is nobody that anything could be sent to: nothing listens on any member, or there is none."""
+        return all(m.health.unreachable(now) for m in self._members.values())
 
     def candidates(self, now: float, subset: frozenset[str] | None = None) -> list[Member]:
-        """Who may be chosen, in the order of discovery; empty only when no member is allowed at all.
+        """Who may be chosen, in the order of discovery; empty only when nobody is allowed, or nobody is left. The first of:
 
-        1. Ready members. 2. If there is none, those not yet sampled: right after our own start that is everyone.
-        3. If there is none either, everyone: better a try, and Envoy's retry, than an error for the whole fleet because
-           of what may be our own blindness.
+        1. Those that are ready, those that start slowly and have less than their share, and those on probation that have
+           nobody on trial.
+        2. Those of which nothing has been heard yet: right after our own start that is everyone.
+        3. The least bad of the others, so fail open: better a try, and Envoy's retry, than an error for the whole fleet because
+           of what may be our own blindness. Never one that is gone.
         """
-        allowed: Iterable[Member] = self._members.values()
+        allowed: Collection[Member] = self._members.values()
         if subset is not None:
             allowed = [m for m in allowed if m.address in subset or m.address.rpartition(":")[0] in subset]
-        by_readiness: dict[Readiness, list[Member]] = {}
-        for member in allowed:
-            by_readiness.setdefault(member.readiness(now), []).append(member)
-        if ready := by_readiness.get(Readiness.READY):
+        ready = [m for m in allowed if m.health.state(now) is State.READY]
+        if len(ready) == len(allowed):
             return ready
-        if unsampled := by_readiness.get(Readiness.UNSAMPLED):
-            return unsampled
-        return [m for members in by_readiness.values() for m in members]
+        usual = sum(len(m.load) for m in ready) / len(ready) if ready else None
+        if eligible := [m for m in allowed if _eligible(m, usual, now)]:
+            return eligible
+        if starting := [m for m in allowed if m.health.state(now) is State.STARTING]:
+            return starting
+        return _least_bad(allowed, now)
+
+
+def _hardware(replica: Replica) -> dict[str, str]:
+    return {key: value for key, value in replica.labels.items() if key != "drain"}
+
+
+def _eligible(member: Member, usual: float | None, now: float) -> bool:
+    """`usual`: requests in flight on a ready member, on average; None where none is ready."""
+    match member.health.state(now):
+        case State.READY:
+            return True
+        case State.SLOW_STARTING:
+            return usual is None or len(member.load) < max(member.health.share(now) * usual, 1.0)
+        case State.PROBATION:
+            return member.health.trial is None
+        case _:
+            return False
+
+
+def _badness(member: Member, now: float) -> int:
+    """How little hope there is: 0 may well work, 1 failed, 2 works but shall not, 3 hangs or goes, 4 is not there."""
+    match member.health.why(now):
+        case State.OPEN, Reason.REFUSED, _:
+            return 4
+        case (State.OPEN, Reason.SILENT, _) | (State.DRAINING, Reason.SHUTTING_DOWN, _):
+            return 3
+        case State.DRAINING, _, _:
+            return 2
+        case State.OPEN, _, _:
+            return 1
+        case _:
+            return 0
+
+
+def _least_bad(allowed: Collection[Member], now: float) -> list[Member]:
+    there = [(_badness(m, now), m) for m in allowed if m.health.state(now) is not State.GONE]
+    least = min((badness for badness, _ in there), default=None)
+    return [m for badness, m in there if badness == least]

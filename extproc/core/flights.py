@@ -55,6 +55,12 @@ class Flight:
     response_bytes: int = 0
     output_p90_tokens: int = 0
     """Of one generation, as predicted when it was routed."""
+    heard_at: float = 0.0
+    """When its last bytes were reported; before the first, when it was routed."""
+    reported_at: float = 0.0
+    """When the proxy last said that it still runs; before that, when it was routed."""
+    vouched: bool = False
+    """On trial, it counted as a success by its first token."""
 
     def __repr__(self) -> str:
         state = "decoding" if self.first_token_at is not None else "prefilling"
@@ -259,6 +265,12 @@ class Ledger:
         """Something was heard of it. Keeps the order of expiry, so that the sweep looks at the head alone."""
         flight.expires_at = expires_at
         self._flights[flight.id] = self._flights.pop(flight.id)
+
+    def prolong(self, by_s: float) -> None:
+        """All are given so much longer."""
+        for flight in self._flights.values():
+            flight.expires_at += by_s
+            flight.heard_at += by_s
 
     def expired(self, now: float) -> list[Flight]:
         """Flights of which nothing was heard until their deadline, oldest first."""

@@ -7,29 +7,39 @@ at once.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from functools import partial
 from random import Random
 from typing import Final
 
-from extproc.core.admission.settings import QueueSettings
-from extproc.core.fleet import Fleet, Member
+from extproc.core.admission.admission import Admission, Work
+from extproc.core.admission.fairness import charge_tokens
+from extproc.core.admission.queue import Entry
+from extproc.core.admission.room import crosses_at, in_time
+from extproc.core.fleet import FAILED_OPEN, Changed, Fleet, Member
 from extproc.core.flights import Flight, Ledger
-from extproc.core.health.settings import HealthSettings
-from extproc.core.observers import Ended, Observer, Quiet
+from extproc.core.health.states import Reason, State
+from extproc.core.observers import Ended, HealthChanged, Observer, Quiet, Waited
+from extproc.core.patience import patience_s
 from extproc.core.policies import Policy, create
+from extproc.core.policies.base import Ranking
 from extproc.core.prediction import Ask, company, predict
 from extproc.core.prefix.index import PrefixIndex
+from extproc.core.settings import PoolSettings as PoolSettings
 from extproc.core.tokens import OutputTokens, PromptTokens, ResponseBytes
 from extproc.core.traffic import Traffic
 from extproc.core.types import (
     Add,
     Change,
+    Configured,
     Decision,
+    DrainAsked,
+    DrainEnded,
     End,
     Fact,
     NotSampled,
     Outcome,
     Prediction,
+    Probed,
     Progressed,
     Refusal,
     Reject,
@@ -40,9 +50,11 @@ from extproc.core.types import (
     Sampled,
     Scored,
     Serves,
+    Stalled,
     Turn,
     Usage,
     Verdict,
+    Wait,
 )
 
 SILENT_S: Final = 3.0
@@ -51,33 +63,20 @@ ENDPOINTS: Final = 3
 """Length of the list given to Envoy: the best and two alternates for its retries."""
 
 
-@dataclass(frozen=True, slots=True)
-class PoolSettings:
-    """What the core needs to know of a pool's configuration."""
-
-    name: str
-    models: tuple[str, ...] = ()
-    policy: str = "predicted"
-    policy_options: Mapping[str, float | int | str | bool] = field(default_factory=dict)
-    scraped: bool = True
-    """Whether samples are to be expected; without, members count as ready at once."""
-    stale_after_s: float = 10.0
-    health: HealthSettings = field(default_factory=HealthSettings)
-    queue: QueueSettings = field(default_factory=QueueSettings)
-
-
 class Pool:
     """Replicas that serve the same models, and what was learned of requests for them."""
 
-    def __init__(self, settings: PoolSettings) -> None:
+    def __init__(self, settings: PoolSettings, changed: Changed) -> None:
+        """`changed` is told of each change of a replica's health."""
         self.settings = settings
         self.policy: Policy = create(settings.policy, settings.policy_options)
-        self.fleet = Fleet(settings.scraped, settings.stale_after_s)
+        self.fleet = Fleet(settings.scraped, settings.stale_after_s, settings.health, changed)
         self.index = PrefixIndex()
         self.prompt_tokens = PromptTokens()
         self.output_tokens = OutputTokens()
         self.response_bytes = ResponseBytes()
         self.traffic = Traffic()
+        self.admission = Admission(settings.queue)
 
     def __repr__(self) -> str:
         return f"<pool {self.settings.name} {self.settings.policy} {len(self.fleet)} replicas>"
@@ -87,6 +86,14 @@ class Pool:
         """Configured names first, then what replicas list, LoRA adapters included."""
         served = (name for member in self.fleet.members for name in member.models)
         return tuple(dict.fromkeys((*self.settings.models, *served)))
+
+    def configure(self, settings: PoolSettings) -> None:
+        """Go on with other settings. A policy that stays keeps what it has learned."""
+        before, self.settings = self.settings, settings
+        if (before.policy, before.policy_options) != (settings.policy, settings.policy_options):
+            self.policy = create(settings.policy, settings.policy_options)
+        self.fleet.configure(settings.stale_after_s, settings.health)
+        self.admission.configure(settings.queue)
 
     def serves(self, model: str) -> bool:
         """Whether the pool has the model; True for any while neither configuration nor replicas have named one."""
@@ -120,16 +127,25 @@ class Router:
         rng: Random,
         observer: Observer | None = None,
         flight_ttl_s: float = 120.0,
+        max_flights: int = 100_000,
     ) -> None:
-        """`rng` breaks ties and draws for the policies that draw; its first bits name this process in flight ids."""
-        self._pools = {settings.name: Pool(settings) for settings in pools}
+        """`rng` breaks ties and draws for the policies that draw; its first bits name this process in flight ids.
+
+        With `max_flights` requests in flight nothing more is routed.
+        """
+        self._pools = {
+            settings.name: Pool(settings, partial(self._health_changed, settings.name)) for settings in pools
+        }
         self._first = next(iter(self._pools.values()))
         self._rng = rng
         self._observer = observer or Quiet()
         self._ttl_s = flight_ttl_s
+        self._max_flights = max_flights
         self._ledger = Ledger()
         self._boot = f"{rng.getrandbits(32):08x}"
         self._count = 0
+        self._held: dict[str, Pool] = {}
+        """Ticket -> where it waits, until its turn was told."""
 
     def __repr__(self) -> str:
         return f"<router {list(self._pools.values())} {self._ledger!r}>"
@@ -143,36 +159,46 @@ class Router:
         """Open flights."""
         return len(self._ledger)
 
+    @property
+    def ledger(self) -> Ledger:
+        """The books on them, to be looked at."""
+        return self._ledger
+
     # --- requests -----------------------------------------------------------------------------------------------------
 
     def arrive(self, request: Request, now: float) -> Verdict:
-        """Choose a replica and reserve it, in one call: the next request already sees this one's load."""
+        """Choose a replica and reserve it, in one call: the next request already sees this one's load.
+
+        Or hold it: while others are held it waits for its turn behind or before them, and while all candidates would let it wait
+        for longer than the pool's bound it waits for the first of them.
+        """
         pool = self._pool_of(request)
         if pool is None:
-            reject = Reject(Refusal.UNKNOWN_MODEL, request.model, self._known_models())
-            self._observer.refused(reject, None)
-            return reject
+            return self._refuse(Reject(Refusal.UNKNOWN_MODEL, request.model, self._known_models()), None)
+        if self._full:
+            return self._refuse(Reject(Refusal.OVERLOADED, request.model), pool)
         members = pool.fleet.candidates(now, request.subset)
         if not members:
-            reject = self._nobody(pool, request)
-            self._observer.refused(reject, pool.settings.name)
-            return reject
+            return self._refuse(self._nobody(pool, request), pool)
         ask = pool.ask(request, members, now)
-        ranking = pool.policy.rank(ask, members, now, self._rng)
-        best = ranking.order[0][1]
-        prediction = predict(ask, best, now)
-        top = ranking.order[:ENDPOINTS]
-        self._count += 1
-        decision = self._decision(
-            f"{self._boot}-{self._count:x}", pool, ask, ranking.reason, top, prediction, now, listed=ENDPOINTS
-        )
-        pool.policy.took(ask, best)  # after the record of what it looked at
-        self._reserve(decision, pool, ask, best, now)
-        self._observer.decided(decision)
-        return Route(decision.flight, decision.endpoints, decision)
+        if not pool.admission.holds(request):
+            return self._send(pool, ask, pool.policy.rank(ask, members, now, self._rng), now)
+        absent = _unreachable(members, now)
+        able = in_time(ask, members, request.slo_ttft_s, now)
+        if not able and not absent:  # nor would it be in time after a wait here
+            return self._refuse(pool.admission.reject(Refusal.SLO, request, now), pool)
+        if pool.admission.queue or absent:
+            return self._hold(pool, ask, members, now, absent)
+        ranking = pool.policy.rank(ask, able, now, self._rng)
+        if not self._starts_soon(pool, ask, ranking, members, now):
+            return self._hold(pool, ask, members, now)
+        return self._send(pool, ask, ranking, now)
 
     def explain(self, request: Request, now: float) -> Decision | Reject:
-        """The decision that `arrive` would take, with every candidate in it. Reserves nothing and changes nothing."""
+        """The decision that `arrive` would take, with every candidate in it. Reserves nothing and changes nothing.
+
+        Of a request that would wait first: what would be decided were it placed now.
+        """
         pool = self._pool_of(request)
         if pool is None:
             return Reject(Refusal.UNKNOWN_MODEL, request.model, self._known_models())
@@ -190,19 +216,34 @@ class Router:
         """The waits that end now: routed, reserved like those of `arrive`, or refused. To be asked after every call that
         may free or take a place, and at `next_wakeup`; nothing held costs nothing.
         """
-        return []
+        if not self._held:
+            return []
+        stirring = [pool for pool in self._pools.values() if pool.admission.stirs]
+        return [turn for pool in stirring for turn in self._turns(pool, now)]
 
     def release(self, now: float) -> list[Turn]:
         """All waits end now, each with the best replica that there is, however long its queue: this process stops."""
-        return []
+        ended = []
+        for pool in self._pools.values():
+
+            def place(entry: Entry, pool: Pool = pool) -> Route | Reject | None:
+                return self._place(pool, entry, now, soon=False)
+
+            ended += [self._over(pool, *turned, now) for turned in pool.admission.release(now, place)]
+        return ended
 
     @property
     def holding(self) -> int:
-        """Requests held."""
-        return 0
+        """Requests held, and those whose turn has come but was not asked for yet."""
+        return len(self._held)
 
     def leave(self, ticket: str, now: float) -> None:
         """The client of a held request left. Tickets that do not wait change nothing."""
+        pool = self._held.get(ticket)
+        entry = pool.admission.leave(ticket, now) if pool is not None else None
+        if entry is not None:
+            del self._held[ticket]
+            self._observer.waited(Waited(entry.held, now - entry.arrived_at, None))
 
     def finish(self, flight_id: str, outcome: Outcome, now: float) -> None:
         """A flight ended. Ids that are not open are counted and change nothing: late, doubled, or another process's."""
@@ -212,6 +253,17 @@ class Router:
             return
         self._end(flight, outcome, now)
 
+    def forget(self, flight_id: str, now: float) -> bool:
+        """The answer that names the flight may never have arrived: close it, unless something was reported of it since.
+
+        Whether it was closed.
+        """
+        flight = self._ledger.get(flight_id)
+        if flight is None or flight.reported_at > flight.routed_at:
+            return False
+        self.finish(flight_id, Outcome(End.CLIENT_GONE), now)
+        return True
+
     # --- facts --------------------------------------------------------------------------------------------------------
 
     def learn(self, fact: Fact, now: float) -> None:
@@ -219,8 +271,14 @@ class Router:
         if isinstance(fact, Progressed):
             self._progressed(fact, now)
             return
+        if isinstance(fact, Stalled):
+            self._stalled(fact.for_s)
+            return
         pool = self._pools.get(fact.pool)
         if pool is None:
+            return
+        if isinstance(fact, Configured):
+            pool.configure(fact.settings)
             return
         if isinstance(fact, Reset | Add | Remove):
             self._changed(pool, fact, now)
@@ -237,12 +295,25 @@ class Router:
                     per_token = pool.prompt_tokens.bytes_per_token(model)
                     pool.index.set_capacity(member.address, capacity * per_token * member.cache_share)
             case NotSampled(why=why):
-                member.not_sampled(why)
+                member.not_sampled(why, now)
+            case Probed(refused=True):
+                member.health.refused(now)
+            case Probed(probe=probe, ok=ok):
+                if member.probed(probe, ok, now):
+                    pool.index.clear(member.address)
+            case DrainAsked(within_s=within_s):
+                member.health.drain(within_s, now)
+            case DrainEnded():
+                member.health.drain_ended(now)
             case Serves(models=models):
                 member.models = models
 
     def expire(self, now: float) -> int:
-        """Close the flights whose end was never reported. Returns how many."""
+        """Close the flights whose end was never reported, and notice what time has changed in the health of replicas. To be
+        called several times a second. Returns how many flights were closed.
+        """
+        for pool in self._pools.values():
+            pool.fleet.expire(now)
         lost = self._ledger.expired(now)
         for flight in lost:
             self._ledger.close(flight.id)
@@ -250,8 +321,9 @@ class Router:
         return len(lost)
 
     def next_wakeup(self) -> float | None:
-        """When `expire` has something to do next, if nothing else happens."""
-        return self._ledger.next_expiry()
+        """When `expire` or `turns` has something to do next, if nothing else happens."""
+        times = [pool.admission.next_wakeup for pool in self._pools.values()] if self._held else []
+        return min((at for at in (self._ledger.next_expiry(), *times) if at is not None), default=None)
 
     # --- parts of the above -------------------------------------------------------------------------------------------
 
@@ -269,6 +341,85 @@ class Router:
         """No member is allowed: because there is none at all, or by the request's own hint."""
         by_hint = request.subset is not None and len(pool.fleet) > 0
         return Reject(Refusal.SUBSET_EMPTY if by_hint else Refusal.NO_REPLICAS, request.model)
+
+    @property
+    def _full(self) -> bool:
+        return len(self._ledger) >= self._max_flights
+
+    def _refuse(self, reject: Reject, pool: Pool | None) -> Reject:
+        self._observer.refused(reject, None if pool is None else pool.settings.name)
+        return reject
+
+    def _starts_soon(self, pool: Pool, ask: Ask, ranking: Ranking, members: Sequence[Member], now: float) -> bool:
+        """Whether any replica would turn to the request within the pool's bound. The best is asked first: mostly that is all."""
+        admission, best = pool.admission, ranking.order[0][1]
+        within_s = admission.settings.hold_above_s
+        return admission.room.free(ask, (best,), within_s, now) or admission.room.free(ask, members, within_s, now)
+
+    def _hold(self, pool: Pool, ask: Ask, members: Sequence[Member], now: float, absent: bool = False) -> Wait | Reject:
+        self._count += 1
+        ticket = f"{self._boot}-w{self._count:x}"
+        work = _work(ask, members, now)
+        verdict = pool.admission.hold(ticket, pool.settings.name, ask.request, work, absent, now)
+        if isinstance(verdict, Reject):
+            return self._refuse(verdict, pool)
+        self._held[ticket] = pool
+        entry = pool.admission.queue.get(ticket)
+        assert entry is not None
+        self._observer.held(entry.held)
+        return verdict
+
+    def _turns(self, pool: Pool, now: float) -> list[Turn]:
+        admission = pool.admission
+        ended = admission.turns(now, lambda entry: self._place(pool, entry, now), pool.fleet.absent(now))
+        admission.plan(now, crosses_at(pool.fleet.members, admission.settings.hold_above_s, now))
+        return [self._over(pool, entry, verdict, now) for entry, verdict in ended]
+
+    def _place(self, pool: Pool, entry: Entry, now: float, soon: bool = True) -> Route | Reject | None:
+        """Route a held request as if it arrived now; None while there is no room. `soon`: only where it need not wait long."""
+        request, admission = entry.request, pool.admission
+        within_s = admission.settings.hold_above_s
+        members = pool.fleet.candidates(now, request.subset)
+        if not members:
+            return self._nobody(pool, request)
+        if _unreachable(members, now):
+            late = now - entry.arrived_at >= admission.settings.absent_wait_s
+            return Reject(Refusal.ABSENT, request.model) if late else None
+        soon = soon and admission.settings.enabled
+        if self._full or (soon and all(member.load.backlog_s(now) > within_s for member in members)):
+            return None
+        ask = pool.ask(request, members, now)
+        if soon and not admission.room.free(ask, members, within_s, now):
+            return None
+        slo_s = request.slo_ttft_s
+        left_s = None if slo_s is None else slo_s - (now - entry.arrived_at)
+        able = in_time(ask, members, left_s, now)
+        if not able:
+            return admission.reject(Refusal.SLO, request, now)
+        return self._send(pool, ask, pool.policy.rank(ask, able, now, self._rng), now)
+
+    def _over(self, pool: Pool, entry: Entry, verdict: Route | Reject, now: float) -> Turn:
+        """Tell of the end of a wait."""
+        del self._held[entry.held.ticket]
+        self._observer.waited(Waited(entry.held, now - entry.arrived_at, verdict))
+        if isinstance(verdict, Reject):
+            self._refuse(verdict, pool)
+        return Turn(entry.held.ticket, verdict)
+
+    def _send(self, pool: Pool, ask: Ask, ranking: Ranking, now: float) -> Route:
+        """Reserve the first of the ranking."""
+        best = ranking.order[0][1]
+        prediction = predict(ask, best, now)
+        top = ranking.order[:ENDPOINTS]
+        self._count += 1
+        decision = self._decision(
+            f"{self._boot}-{self._count:x}", pool, ask, ranking.reason, top, prediction, now, listed=ENDPOINTS
+        )
+        pool.policy.took(ask, best)  # after the record of what it looked at
+        self._reserve(decision, pool, ask, best, now)
+        self._observer.decided(decision)
+        patience = patience_s(ask.request, decision, pool.settings.health)
+        return Route(decision.flight, decision.endpoints, decision, patience)
 
     def _decision(
         self,
@@ -288,7 +439,7 @@ class Router:
             model=ask.request.model,
             api=ask.request.api,
             policy=pool.policy.name,
-            reason=reason,
+            reason=FAILED_OPEN if order[0][1].health.passed_over(now) else reason,
             endpoints=tuple(member.replica.address for _, member in order[:ENDPOINTS]),
             prompt_tokens=ask.prompt_tokens,
             output_tokens=ask.output_tokens,
@@ -326,11 +477,15 @@ class Router:
             exact_tokens=request.prompt_tokens is not None,
             routed_at=now,
             expires_at=now + self._ttl_s,
+            heard_at=now,
+            reported_at=now,
             output_p90_tokens=decision.output_p90_tokens,
         )
         self._ledger.open(flight)
+        pool.admission.sent(flight, request.priority, now)
         pool.traffic.arrived(prediction.prefill_s, now)
         member.load.open(flight, now)
+        member.health.tried(flight.id, now)
         if request.blocks.hashes:
             pool.index.insert(member.replica.address, request.blocks, flight.id)
 
@@ -343,22 +498,36 @@ class Router:
             pool.index.forget(address)
             self._observer.left(pool.settings.name, address)
 
+    def _stalled(self, for_s: float) -> None:
+        """As if the time had not passed, for all that is inferred from silence."""
+        self._ledger.prolong(for_s)
+        for _, member in self.members():
+            member.heard_at += for_s
+
+    def _health_changed(self, pool: str, address: str, before: State, after: State, reason: Reason) -> None:
+        if after is State.GONE:
+            self._pools[pool].index.forget(address)
+        self._observer.health_changed(HealthChanged(pool, address, before, after, reason))
+
     def _progressed(self, fact: Progressed, now: float) -> None:
         flight = self._ledger.get(fact.flight)
         if flight is None:
             return
         self._ledger.touch(flight, now + self._ttl_s)
+        flight.reported_at = now
         grown = fact.response_bytes > flight.response_bytes
         flight.response_bytes = fact.response_bytes
         member = self._pools[flight.pool].fleet.get(flight.address)
         if member is None or not member.load.has(flight):
             return
         if grown:
-            member.heard_at = now
+            flight.heard_at = now
+            member.worked(now)
         if flight.first_token_at is not None:
             return
         if flight.shows_first_token and fact.replica_ttft_s is not None:
             self._first_token(member, flight, fact.replica_ttft_s, now)
+            member.began(flight, now)
         elif fact.replica_ttft_s is None and (flight.shows_first_token or _silent(member, flight, now)):
             member.load.still_prefilling(flight, now)
 
@@ -377,13 +546,14 @@ class Router:
         moved = outcome.served is not None and outcome.served != flight.address
         if member is not None:
             self._leave(member, flight, outcome, moved, now)
-        self._settle_prefix(pool, flight, outcome)
+        self._settle_prefix(pool, flight, outcome, now)
         self._judge(pool, flight, outcome, moved, now)
         output_tokens = self._learn_tokens(pool, flight, outcome)
-        if outcome.end is End.OK and outcome.duration_s is not None:
+        pool.admission.settle(flight, outcome, output_tokens)
+        if _whole(outcome) and outcome.duration_s is not None:
             ttft_s = outcome.ttft_s if flight.shows_first_token and outcome.ttft_s else flight.prediction.ttft_s
             pool.traffic.answered(min(ttft_s, outcome.duration_s), max(outcome.duration_s - ttft_s, 0.0))
-        if member is not None and not moved and outcome.end is End.OK:
+        if member is not None and not moved and _whole(outcome):
             self._learn_speed(member, flight, outcome, output_tokens, now)
         self._observer.ended(Ended(flight, outcome, moved, output_tokens))
 
@@ -395,7 +565,7 @@ class Router:
             self._first_token(member, flight, outcome.replica_ttft_s, now)
         member.load.close(flight, now)
 
-    def _settle_prefix(self, pool: Pool, flight: Flight, outcome: Outcome) -> None:
+    def _settle_prefix(self, pool: Pool, flight: Flight, outcome: Outcome, now: float) -> None:
         """Where the prompt's blocks lie now: with whoever computed them."""
         index, chosen = pool.index, flight.address
         begun = outcome.end is End.OK or flight.first_token_at is not None or bool(outcome.response_bytes)
@@ -403,20 +573,24 @@ class Router:
         if computed_by != chosen:
             index.withdraw(chosen, flight.blocks, flight.id)
         # Only of members: the index would keep room for ever for a replica that left while this ran.
-        if flight.blocks.hashes and computed_by is not None and pool.fleet.get(computed_by) is not None:
-            index.keep(computed_by, flight.blocks)
+        holder = pool.fleet.get(computed_by) if flight.blocks.hashes and computed_by is not None else None
+        if holder is not None and holder.state(now) is not State.GONE:
+            index.keep(holder.address, flight.blocks)
 
     def _judge(self, pool: Pool, flight: Flight, outcome: Outcome, moved: bool, now: float) -> None:
-        """Pass over a replica that failed a request until it is heard of again; 4xx is the client's fault, not its."""
+        """What the end says of the health of whoever had the request. 4xx is the client's fault, and no evidence."""
         chosen, last = pool.fleet.get(flight.address), pool.fleet.get(outcome.served or flight.address)
         if chosen is not None and moved:
-            chosen.failed(now)
-        if last is None:
-            return
-        if outcome.end in (End.UNREACHABLE, End.UPSTREAM_ERROR):
-            last.failed(now)
-        elif outcome.end is End.OK and outcome.served is not None and outcome.duration_s is not None:
-            last.answered(outcome.duration_s, now)
+            chosen.failed(now, flight)
+        if last is not None:
+            if _fell(outcome):
+                last.failed(now, flight)
+            elif outcome.end is End.OK and outcome.served is not None and outcome.duration_s is not None:
+                restarted = last.answered(outcome.duration_s, now, flight)
+                if restarted:
+                    pool.index.clear(last.address)
+        if chosen is not None:
+            chosen.health.released(flight.id)
 
     def _learn_tokens(self, pool: Pool, flight: Flight, outcome: Outcome) -> int | None:
         """Correct the estimates by usage. Returns the output tokens, estimated from the response's size if need be."""
@@ -430,14 +604,14 @@ class Router:
             pool.prompt_tokens.learn(flight.model, flight.prompt_bytes, usage.prompt_tokens)
         size = outcome.response_bytes
         if usage.completion_tokens is not None:
-            if size and outcome.end is End.OK:
+            if size and _whole(outcome):
                 pool.response_bytes.learn(flight.model, flight.api, flight.stream, size, usage.completion_tokens)
             output: int | None = usage.completion_tokens
         elif size and outcome.end in (End.OK, End.CLIENT_GONE) and flight.output_tokens:
             output = pool.response_bytes.tokens(flight.model, flight.api, flight.stream, size)
         else:
             output = None
-        if output is not None and outcome.end is End.OK and flight.output_tokens:
+        if output is not None and _whole(outcome) and flight.output_tokens:
             each = max(round(output / flight.samples), 1)
             pool.output_tokens.learn(flight.model, flight.api, flight.tenant, each)
         return output
@@ -466,7 +640,10 @@ class Router:
     def check(self) -> None:
         """Raise AssertionError if the ledger, the loads and the index disagree; for tests and simulations."""
         self._ledger.check()
+        waiting = {entry.held.ticket for pool in self._pools.values() for entry in pool.admission.queue}
+        assert waiting <= self._held.keys(), self
         for name, pool in self._pools.items():
+            pool.admission.queue.check()
             pool.index.check()
             assert pool.index.addresses <= {member.address for member in pool.fleet.members}, pool
             for member in pool.fleet.members:
@@ -478,6 +655,22 @@ class Router:
             at = self._pools[flight.pool].fleet.get(flight.address)
             # One that joined since then is another process at the same address: it never had the flight.
             assert at is None or at.load.has(flight) or flight.routed_at <= at.joined_at, flight
+
+
+def _unreachable(members: Sequence[Member], now: float) -> bool:
+    """Whether nothing listens on any of these."""
+    return all(member.health.unreachable(now) for member in members)
+
+
+def _work(ask: Ask, members: Sequence[Member], now: float) -> Work:
+    """What a request comes to where it costs least: on the replica that has the most of its prompt."""
+    best = min((predict(ask, member, now) for member in members), key=_prefill_s)
+    tokens = charge_tokens(ask.prompt_tokens - best.cached_tokens, ask.output_tokens * ask.request.samples)
+    return Work(tokens, best.prefill_s, members[0].speed.base_s + best.prefill_s)
+
+
+def _prefill_s(prediction: Prediction) -> float:
+    return prediction.prefill_s
 
 
 def _mean(before: tuple[float, float], after: tuple[float, float]) -> tuple[float, float]:
@@ -492,6 +685,16 @@ def _silent(member: Member, flight: Flight, now: float) -> bool:
     """
     due = flight.routed_at + flight.prediction.ttft_s + flight.prediction.decode_s
     return now > due and now - member.heard_at > SILENT_S
+
+
+def _whole(outcome: Outcome) -> bool:
+    """Whether the response is all that was to come: only such a one tells lengths and speeds."""
+    return outcome.end is End.OK and not outcome.broken
+
+
+def _fell(outcome: Outcome) -> bool:
+    """Whether the replica failed the request, even if under status 200."""
+    return outcome.broken or outcome.end in (End.UNREACHABLE, End.UPSTREAM_ERROR)
 
 
 def _failed(outcome: Outcome) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import field
 from enum import StrEnum
 
 from extproc.core.record import record
+from extproc.core.settings import PoolSettings
 
 
 class Api(StrEnum):
@@ -238,6 +239,8 @@ class Probed:
     address: str
     probe: Probe
     ok: bool
+    refused: bool = False
+    """Nothing listens there: no second opinion is needed."""
 
 
 @record
@@ -258,7 +261,22 @@ class DrainEnded:
     address: str
 
 
-Fact = Change | Sampled | NotSampled | Serves | Progressed | Probed | DrainAsked | DrainEnded
+@record
+class Configured:
+    """The pool's settings are others from now on. Nothing learned is lost; whether it is scraped at all stays as it was."""
+
+    pool: str
+    settings: PoolSettings
+
+
+@record
+class Stalled:
+    """The router stood still, and heard nothing of what happened meanwhile: that silence counts against nobody."""
+
+    for_s: float
+
+
+Fact = Change | Sampled | NotSampled | Serves | Progressed | Probed | DrainAsked | DrainEnded | Configured | Stalled
 
 
 # --- verdicts ---------------------------------------------------------------------------------------------------------
@@ -339,11 +357,13 @@ class Decision:
 
 @record
 class Route:
-    """Send it to `endpoints[0]`; on a failed connection or 503 to the next."""
+    """Send it to `endpoints[0]`; where that fails before it answers, to the next."""
 
     flight: str
     endpoints: tuple[str, ...]
     decision: Decision
+    patience_s: float | None = None
+    """How long one replica may take to begin its response before the next is tried; None for as long as it likes."""
 
 
 @record

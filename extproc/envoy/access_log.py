@@ -56,7 +56,7 @@ def read_entry(entry: LogEntry) -> Finished | Progressed | None:
         ttft, replica_ttft = _seconds(entry.ttft_us), _seconds(entry.replica_ttft_us)
         return Progressed(entry.flight, ttft, replica_ttft, entry.response_bytes)
     outcome = Outcome(
-        end=end_of(entry.flags, entry.status),
+        end=end_of(entry.flags, entry.status, entry.broken),
         status=entry.status,
         served=entry.served,
         attempts=entry.attempts or 1,
@@ -65,17 +65,18 @@ def read_entry(entry: LogEntry) -> Finished | Progressed | None:
         duration_s=entry.duration_s,
         response_bytes=entry.response_bytes,
         usage=_usage(entry),
+        broken=entry.broken,
     )
     return Finished(entry.flight, outcome)
 
 
-def end_of(flags: tuple[str, ...], status: int | None) -> End:
+def end_of(flags: tuple[str, ...], status: int | None, broken: bool = False) -> End:
     """How a flight ended, by what the proxy noted and the status the client got. The first that applies:
 
     1. DC, DR        the client left: nothing is known of the replica
     2. UT, SI, DT, UMSDR   it took too long
     3. UF, UH, UO, NR, NC, DF   no connection to a replica, after all retries
-    4. UR, UC, UPE, LR   the replica broke off, even where a status 200 was already sent
+    4. UR, UC, UPE, LR, or broken   the replica broke off, or said so, even where a status 200 was already sent
     5. no status     the proxy itself gave up before any response
     6. 5xx and 4xx   what the replica said, then anything below
 
@@ -88,7 +89,7 @@ def end_of(flags: tuple[str, ...], status: int | None) -> End:
         return End.TIMEOUT
     if noted & UNREACHABLE:
         return End.UNREACHABLE
-    if noted & BROKEN or status is None or status >= 500:
+    if noted & BROKEN or broken or status is None or status >= 500:
         return End.UPSTREAM_ERROR
     return End.CLIENT_ERROR if status >= 400 else End.OK
 

@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError
 from google.protobuf.struct_pb2 import Struct, Value
 
 from extproc.core.record import record
+from extproc.envoy import wire
 from extproc.envoy.exchange import (
     AskForTime,
     BodyArrived,
@@ -29,14 +30,17 @@ from extproc.envoy.exchange import (
     TrailersArrived,
 )
 from extproc.envoy.names import (
+    BROKEN,
     CACHED_TOKENS,
     COMPLETION_TOKENS,
     DESTINATION,
     FLIGHT,
     LB_NAMESPACE,
     NAMESPACE,
+    PATIENCE_HEADER,
     POOL_HEADER,
     PROMPT_TOKENS,
+    REFUSED_DETAILS,
     REPLICA_TTFT_TAG,
     SERVED,
     STRIP_USAGE,
@@ -66,6 +70,8 @@ MODES = {
 }
 """ProcessingMode.BodySendMode; one that a newer proxy may add is taken for NONE: nothing of its body can be relied on."""
 
+LARGE_BYTES = 256 * 1024
+"""Messages above are not parsed when they bring a body."""
 TRAILERS_ARRIVED = TrailersArrived()
 FULL_DUPLEX = 4
 
@@ -75,7 +81,12 @@ class Unreadable(Exception):  # noqa: N818 - says what the message is
 
 
 def event(raw: bytes, wanted: frozenset[str] = ALWAYS) -> Event:
-    """One ProcessingRequest. `wanted` names the headers to keep, lower case. Raises Unreadable."""
+    """One ProcessingRequest. `wanted` names the headers to keep, lower case. Raises Unreadable.
+
+    A message above `LARGE_BYTES` keeps its body in place: the event has a view of `raw`.
+    """
+    if len(raw) > LARGE_BYTES and (found := wire.request_body(raw)) is not None:
+        return BodyArrived(*found)
     try:
         request = pb.ProcessingRequest.FromString(raw)
     except DecodeError as e:
@@ -163,13 +174,14 @@ def _continue(command: Continue) -> bytes:
 
 def _set_destination(command: SetDestination) -> bytes:
     steer = command.steer
+    large = steer.body if command.part is Part.BODY and len(steer.body or b"") > LARGE_BYTES else None
     response = pb.ProcessingResponse()
     getattr(response, command.part.value).SetInParent()
     if command.part is Part.HEADERS:
         _change(response.request_headers.response, command)
     elif command.part is Part.BODY:
         _change(response.request_body.response, command)
-        if steer.body is not None:
+        if steer.body is not None and large is None:
             response.request_body.response.body_mutation.body = steer.body
     metadata = response.dynamic_metadata.fields
     metadata[LB_NAMESPACE].struct_value.fields[DESTINATION].string_value = steer.destination
@@ -177,7 +189,9 @@ def _set_destination(command: SetDestination) -> bytes:
     ours[FLIGHT].string_value = steer.flight
     if steer.strip_usage:
         ours[STRIP_USAGE].bool_value = True
-    return response.SerializeToString()
+    if large is None:
+        return response.SerializeToString()
+    return wire.with_new_body(response.SerializeToString(), large)
 
 
 def _change(common: pb.CommonResponse, command: SetDestination) -> None:
@@ -185,6 +199,8 @@ def _change(common: pb.CommonResponse, command: SetDestination) -> None:
     steer, mutation = command.steer, common.header_mutation
     if command.in_header:
         _set_header(mutation, DESTINATION, steer.destination)
+    elif steer.patience_s is not None:  # other people's gateways may have no retry to follow
+        _set_header(mutation, PATIENCE_HEADER, str(max(1, round(steer.patience_s * 1e3))))
     if steer.pool is not None:
         _set_header(mutation, POOL_HEADER, steer.pool)
         common.clear_route_cache = True
@@ -203,7 +219,7 @@ def _echo_body(command: EchoBody) -> bytes:
     response = pb.ProcessingResponse()
     body = response.request_body if command.part is Part.BODY else response.response_body
     piece = body.response.body_mutation.streamed_response
-    piece.body = command.data
+    piece.body = bytes(command.data)  # costs nothing where it is bytes
     piece.end_of_stream = command.end_of_stream
     return response.SerializeToString()
 
@@ -220,7 +236,7 @@ def _respond(command: Respond) -> bytes:
     immediate = response.immediate_response
     immediate.status.code = error.status  # type: ignore[assignment]  # an open enum
     immediate.body = error.body
-    immediate.details = "extproc"
+    immediate.details = REFUSED_DETAILS
     for key, value in error.headers:
         _set_header(immediate.headers, key, value)
     return response.SerializeToString()
@@ -260,6 +276,8 @@ class LogEntry:
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     cached_tokens: int | None = None
+    broken: bool = False
+    """The response said under status 200 that it failed."""
 
 
 def log_entries(raw: bytes) -> list[LogEntry]:
@@ -293,18 +311,18 @@ def _log_entry(entry: log_pb.HTTPAccessLogEntry) -> LogEntry:
         prompt_tokens=_count(metadata, PROMPT_TOKENS),
         completion_tokens=_count(metadata, COMPLETION_TOKENS),
         cached_tokens=_count(metadata, CACHED_TOKENS),
+        broken=_is_set(metadata, BROKEN),
     )
 
 
 def _served(common: log_pb.AccessLogCommon) -> str | None:
-    noted = _value(common.metadata.filter_metadata, LB_NAMESPACE, SERVED)
-    if noted is not None and noted.string_value:
-        return noted.string_value
-    if not common.HasField("upstream_remote_address"):
-        return None
+    """By its connection. The note names who was asked last, and of two that were asked the first may answer (Envoy 1.40)."""
     socket = common.upstream_remote_address.socket_address
-    host = f"[{socket.address}]" if ":" in socket.address else socket.address
-    return f"{host}:{socket.port_value}" if socket.port_value else None
+    if socket.port_value:
+        host = f"[{socket.address}]" if ":" in socket.address else socket.address
+        return f"{host}:{socket.port_value}"
+    noted = _value(common.metadata.filter_metadata, LB_NAMESPACE, SERVED)
+    return noted.string_value or None if noted is not None else None
 
 
 def _duration_s(common: log_pb.AccessLogCommon) -> float | None:
@@ -327,6 +345,11 @@ def _count(metadata: Mapping[str, Struct], key: str) -> int | None:
         return int(number) if 0 <= number < 2**53 else None
     text = value.string_value
     return int(text) if text.isdecimal() and len(text) < 16 else None
+
+
+def _is_set(metadata: Mapping[str, Struct], key: str) -> bool:
+    value = _value(metadata, USAGE_NAMESPACE, key)
+    return value is not None and value.bool_value
 
 
 # --- health -----------------------------------------------------------------------------------------------------------

@@ -28,6 +28,10 @@ CHUNK_BYTES = 62_000
 """Largest piece of a body given back: proxies read gRPC messages with a 64 KiB limit, and the envelope needs some of it."""
 
 
+Data = bytes | memoryview
+"""A large body stays where it is in its message; whoever needs bytes copies them, and knows that."""
+
+
 class Mode(Enum):
     """How the proxy sends request bodies."""
 
@@ -81,6 +85,8 @@ class Steer:
     """The usage chunk was asked for by us: the proxy takes it out of the response again."""
     pool: str | None = None
     """Which cluster, where there are several."""
+    patience_s: float | None = None
+    """How long a replica may take to begin its response before the proxy asks the next; None for as long as it likes."""
 
 
 @record
@@ -118,7 +124,7 @@ class HeadersArrived:
 class BodyArrived:
     """A piece of its body, or all of it."""
 
-    data: bytes
+    data: Data
     end_of_stream: bool = False
 
 
@@ -187,7 +193,7 @@ class Decide:
     """Choose, and come back with `Decided`. Always the last command of its turn."""
 
     head: Head
-    body: bytes | None
+    body: Data | None
     """The complete body, or None where it is not read."""
     rewritable: bool = False
     """Whether the answer may still replace the body."""
@@ -207,7 +213,7 @@ class SetDestination:
 class EchoBody:
     """Give back a piece of a body, which the proxy no longer has."""
 
-    data: bytes
+    data: Data
     end_of_stream: bool
     part: Part = Part.BODY
 
@@ -312,7 +318,7 @@ class Exchange:
         self._head = Head()
         self._mode = Mode.UNTOLD
         self._duplex_response = False
-        self._chunks: list[bytes] = []  # one for each body message
+        self._chunks: list[Data] = []  # one for each body message
         self._size = 0
         self._trailers = False
         self._asked = False  # for time
@@ -321,6 +327,11 @@ class Exchange:
 
     def __repr__(self) -> str:
         return f"<Exchange {self._state.__name__} {self._mode.value} {self._size} B, undelivered {self._flight}>"
+
+    @property
+    def body_bytes(self) -> int:
+        """Of the request's body, as far as it is kept here."""
+        return self._size if self._chunks else 0
 
     def on(self, event: Event) -> Commands:
         """What to do now, in this order. Raises IllegalEvent when the event cannot come in this state."""
@@ -432,7 +443,7 @@ class Exchange:
         repeated, self._responded = self._responded, self._responded or event.end_of_stream
         return () if repeated else _echo(event.data, event.end_of_stream, event.part)
 
-    def _keep(self, data: bytes) -> bool:
+    def _keep(self, data: Data) -> bool:
         """Whether the body with this piece is still of a size that we take."""
         self._size += len(data)
         self._chunks.append(data)
@@ -450,16 +461,18 @@ class Exchange:
         return () if self._duplex_response else (CLOSE,)
 
     def _decide(
-        self, body: bytes | None, then: Callable[[Exchange, Steer | None], Commands], rewritable: bool = False
+        self, body: Data | None, then: Callable[[Exchange, Steer | None], Commands], rewritable: bool = False
     ) -> Commands:
         self._state, self._then = Exchange.deciding, then
         return (Decide(self._head, body, rewritable),)
 
     def _decide_on_all(self) -> Commands:
         body = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
+        if self._mode is Mode.FULL_DUPLEX:
+            self._chunks = [body]  # the pieces would be a second copy
         return self._decide(body, then=Exchange._give_back, rewritable=self._mode is Mode.FULL_DUPLEX)
 
-    def _give(self, data: bytes, end: bool) -> Commands:
+    def _give(self, data: Data, end: bool) -> Commands:
         """Answer one body message."""
         return _echo(data, end) if self._mode is Mode.FULL_DUPLEX else (Continue(Part.BODY),)
 
@@ -488,16 +501,17 @@ class Exchange:
         headers = self._steer(Part.HEADERS, steer)
         if self._mode is Mode.FULL_DUPLEX:
             new = steer.body if steer is not None else None
-            body = _echo(b"".join(self._chunks) if new is None else new, end=not self._trailers)
+            body = _echo(self._chunks[0] if new is None else new, end=not self._trailers)
         else:
             body = (Continue(Part.BODY),) * len(self._chunks)
         trailers = (Continue(Part.TRAILERS),) if self._trailers else ()
         return (headers, *body, *trailers, *self._finish())
 
 
-def _echo(body: bytes, end: bool, part: Part = Part.BODY) -> Commands:
+def _echo(body: Data, end: bool, part: Part = Part.BODY) -> Commands:
     """The body in pieces, with the end of stream on the last; none for an empty body that does not end the stream."""
-    if not body:
+    if not len(body):
         return (EchoBody(b"", True, part),) if end else ()
     last = (len(body) - 1) // CHUNK_BYTES * CHUNK_BYTES
-    return [EchoBody(body[at : at + CHUNK_BYTES], end and at == last, part) for at in range(0, last + 1, CHUNK_BYTES)]
+    view = memoryview(body)  # slices of it copy nothing
+    return [EchoBody(view[at : at + CHUNK_BYTES], end and at == last, part) for at in range(0, last + 1, CHUNK_BYTES)]

@@ -38,6 +38,9 @@ class Holding:
         self._waiting: dict[str, asyncio.Future[Route | Reject]] = {}
         self._soon: asyncio.Handle | None = None
         self._later: asyncio.TimerHandle | None = None
+        self._releasing = False
+        self._nobody = asyncio.Event()
+        self._nobody.set()
 
     def __repr__(self) -> str:
         return f"<holding {len(self._waiting)} streams>"
@@ -48,12 +51,18 @@ class Holding:
     def wait(self, ticket: str) -> asyncio.Future[Route | Reject]:
         """The verdict to come. Cancel the future, or `drop` it, when the stream ends before."""
         future = self._waiting[ticket] = asyncio.get_running_loop().create_future()
+        self._nobody.clear()
         self.poke()
         return future
+
+    async def empty(self) -> None:
+        """Return once nobody waits."""
+        await self._nobody.wait()
 
     def drop(self, ticket: str) -> None:
         """Nobody waits for this one any longer."""
         self._waiting.pop(ticket, None)
+        self._count()
 
     def poke(self) -> None:
         """Something changed: ask the router, once for all that happens in this round of the loop."""
@@ -61,7 +70,8 @@ class Holding:
             self._soon = asyncio.get_running_loop().call_soon(self._ask)
 
     def release(self) -> None:
-        """Let all go now."""
+        """Let all go now, and at once those who come later: their streams had begun before."""
+        self._releasing = True
         self._resolve(self._router.release(self._clock()))
 
     def close(self) -> None:
@@ -73,7 +83,8 @@ class Holding:
 
     def _ask(self) -> None:
         self._soon = None
-        self._resolve(self._router.turns(self._clock()))
+        ask = self._router.release if self._releasing else self._router.turns
+        self._resolve(ask(self._clock()))
         if self._later is not None:
             self._later.cancel()
             self._later = None
@@ -86,3 +97,8 @@ class Holding:
             future = self._waiting.pop(turn.ticket, None)
             if future is not None and not future.done():
                 future.set_result(turn.verdict)
+        self._count()
+
+    def _count(self) -> None:
+        if not self._waiting:
+            self._nobody.set()

@@ -11,9 +11,10 @@ from typing import Protocol
 from extproc.config import Config
 from extproc.core.record import record
 from extproc.core.types import End, Fact, Outcome, Reject, Request, Route, Turn, Verdict, Wait
-from extproc.envoy.exchange import Answer, Head, Refuse, Rules, Steer
+from extproc.envoy.exchange import Answer, Data, Head, Refuse, Rules, Steer
 from extproc.openai import errors, requests
-from extproc.openai.requests import MAX_SESSION, Parsed
+from extproc.openai.reading import Reading, Task
+from extproc.openai.requests import MAX_SESSION, Limits, Parsed
 
 PRIORITY_HEADER = "x-request-priority"
 SLO_HEADER = "x-slo-ttft-ms"
@@ -49,6 +50,9 @@ class Router(Protocol):
     def finish(self, flight_id: str, outcome: Outcome, now: float) -> object:
         """End a flight; one that is not open changes nothing."""
 
+    def forget(self, flight_id: str, now: float) -> bool:
+        """End a flight of which nothing was reported; whether it was open, and so."""
+
     def learn(self, fact: Fact, now: float) -> object:
         """Take in a fact."""
 
@@ -75,11 +79,11 @@ class FakeRouter:
         self.held += isinstance(verdict, Wait)
         return verdict
 
-    def leave(self, ticket: str, now: float) -> None:
+    def leave(self, ticket: str, now: float) -> None:  # noqa: ARG002 - the seam's
         self.left.append(ticket)
         self.held -= 1
 
-    def turns(self, now: float) -> list[Turn]:
+    def turns(self, now: float) -> list[Turn]:  # noqa: ARG002 - the seam's
         turns, self.due = self.due, []
         self.held -= len(turns)
         return turns
@@ -97,8 +101,16 @@ class FakeRouter:
     def finish(self, flight_id: str, outcome: Outcome, now: float) -> None:
         self.finished.append((flight_id, outcome, now))
 
+    def forget(self, flight_id: str, now: float) -> bool:
+        self.finish(flight_id, Outcome(End.CLIENT_GONE), now)
+        return True
+
     def learn(self, fact: Fact, now: float) -> None:
         self.learned.append((fact, now))
+
+
+Changed = Callable[[], bytes | None]
+"""The body to send instead, where usage is to be asked for; None where there is nothing to change."""
 
 
 @record
@@ -117,8 +129,11 @@ class Intake:
         """`key` is for the hashes of tenants, up to 64 bytes; random per process when not given."""
         self._router = router
         self._requests = config.requests
+        self._limits = Limits(config.requests.max_json_depth, config.requests.max_prompt_blocks)
         self._asks_usage = {pool.name: pool.usage.ask for pool in config.pools}
         self._names_pool = len(config.pools) > 1
+        # Where no other replica would be asked, the end of patience is an error for the client.
+        self._rescues = config.envoy.retries > 0 and config.envoy.retry_resets
         self._key = key or secrets.token_bytes(KEY_BYTES)
 
     @property
@@ -134,19 +149,36 @@ class Intake:
         limit = self._requests.max_body_bytes
         return Rules(limit, lambda head: requests.is_read(head.method, head.path), errors.too_large(limit))
 
-    def decide(self, head: Head, body: bytes | None, now: float, rewritable: bool = False) -> Answer | Hold:
+    def decide(self, head: Head, body: Data | None, now: float, rewritable: bool = False) -> Answer | Hold:
         """Steer to a replica, which opens a flight, or refuse, or hold. `now` is in the router's seconds."""
-        parsed = requests.read(head.method, head.path, body, head.content_length)
+        data = None if body is None else bytes(body)  # which copies only what is a view
+        parsed = requests.read(head.method, head.path, data, head.content_length, self._limits)
         if not isinstance(parsed, Parsed):
             return Refuse(errors.of_bad_request(parsed))
-        request = self._with_head(parsed.request, head, len(body or b""))
-        changeable = body if rewritable else None
+        request = self._with_head(parsed.request, head, len(data or b""))
+        if data is None or not rewritable:
+            return self._decide(request, None, now)
+        return self._decide(request, lambda: requests.with_usage(parsed, data), now)
+
+    def task(self, head: Head, rewritable: bool = False) -> Task:
+        """What somebody else has to read of a body, for `decide_read`."""
+        return Task(head.method, head.path, self._limits, rewritable and any(self._asks_usage.values()))
+
+    def decide_read(self, head: Head, body: Data, reading: Reading, now: float) -> Answer | Hold:
+        """As `decide`, for a body that was read elsewhere."""
+        parsed, change = reading.result, reading.usage
+        if not isinstance(parsed, Parsed):
+            return Refuse(errors.of_bad_request(parsed))
+        request = self._with_head(parsed.request, head, len(body))
+        return self._decide(request, None if change is None else lambda: change.apply(body), now)
+
+    def _decide(self, request: Request, changed: Changed | None, now: float) -> Answer | Hold:
         verdict = self._router.arrive(request, now)
         if isinstance(verdict, Wait):
-            return Hold(verdict.ticket, lambda route: self._steered(route, parsed, changeable, now))
+            return Hold(verdict.ticket, lambda route: self._steered(route, changed, now))
         if isinstance(verdict, Reject):
             return Refuse(errors.of_refusal(verdict))
-        return self._steered(verdict, parsed, changeable, now)
+        return self._steered(verdict, changed, now)
 
     def resume(self, hold: Hold, verdict: Route | Reject) -> Answer:
         """The wait is over."""
@@ -156,9 +188,9 @@ class Intake:
         """The client left before its turn came."""
         self._router.leave(hold.ticket, now)
 
-    def _steered(self, route: Route, parsed: Parsed, body: bytes | None, now: float) -> Answer:
+    def _steered(self, route: Route, changed: Changed | None, now: float) -> Answer:
         try:
-            return self._steer(route, parsed, body)
+            return self._steer(route, changed)
         except Exception:
             self.abandon(route.flight, now)  # the request passes unrouted, and nobody would report its end
             raise
@@ -167,16 +199,16 @@ class Intake:
         """End a flight that the proxy never heard of: the client left before the answer."""
         self._router.finish(flight, Outcome(End.CLIENT_GONE), now)
 
-    def _steer(self, route: Route, parsed: Parsed, body: bytes | None) -> Steer:
+    def _steer(self, route: Route, changed: Changed | None) -> Steer:
         pool = route.decision.pool
-        asks = body is not None and self._asks_usage.get(pool, False)
-        changed = requests.with_usage(parsed, body) if asks and body is not None else None
+        body = changed() if changed is not None and self._asks_usage.get(pool, False) else None
         return Steer(
             flight=route.flight,
             destination=",".join(route.endpoints),
-            body=changed,
-            strip_usage=changed is not None,
+            body=body,
+            strip_usage=body is not None,
             pool=pool if self._names_pool else None,
+            patience_s=route.patience_s if self._rescues else None,
         )
 
     def _with_head(self, request: Request, head: Head, body_bytes: int) -> Request:

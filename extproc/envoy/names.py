@@ -23,6 +23,8 @@ USAGE_NAMESPACE = "extproc.usage"
 PROMPT_TOKENS = "prompt_tokens"
 COMPLETION_TOKENS = "completion_tokens"
 CACHED_TOKENS = "cached_tokens"
+BROKEN = "broken"
+"""Key, bool, in the same namespace: the response said under status 200 that it failed."""
 
 LOG_NAME = "extproc"
 TTFT_TAG = "ttft_us"
@@ -37,7 +39,12 @@ REPLICA_HEADER = "x-extproc-replica"
 SERVICE_CLUSTER = "extproc"
 """Envoy's cluster for extproc itself."""
 
-CONTROL_HEADERS = (DESTINATION, SERVED, SUBSET, POOL_HEADER, "x-vllm-priority")
+PATIENCE_HEADER = "x-envoy-upstream-rq-per-try-timeout-ms"
+"""Request header, milliseconds: Envoy's router gives a replica so long to begin its response, then asks the next; it takes the header away."""
+REFUSED_DETAILS = "extproc"
+"""Envoy's response code details of what extproc answered itself."""
+
+CONTROL_HEADERS = (DESTINATION, SERVED, SUBSET, POOL_HEADER, PATIENCE_HEADER, "x-vllm-priority")
 """Request headers that only we may set; Envoy removes what a client sends."""
 PRIVATE_HEADERS = (
     "x-session-id",

@@ -54,5 +54,10 @@ def service(name: str, methods: dict[str, Any]) -> Service:
 
 def server(services: list[Service], max_message_bytes: int) -> Any:
     """A grpc.aio server. Ports are not shared, so that a second process on one is an error and not half the traffic."""
-    options = [("grpc.max_receive_message_length", max_message_bytes), ("grpc.so_reuseport", 0)]
+    options = [
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.so_reuseport", 0),
+        # Envoy pings every half second. gRPC takes that for abuse by default, and ends the connection with all of its streams.
+        ("grpc.http2.max_ping_strikes", 0),
+    ]
     return grpc.aio.server(handlers=services, options=options)

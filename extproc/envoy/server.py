@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
 from extproc.config import Config
-from extproc.core.types import Reject, Route
+from extproc.core.types import Refusal, Reject, Route
 from extproc.envoy import codec, rpc
 from extproc.envoy.access_log import LogCounts, deliver
+from extproc.envoy.buffers import Buffers
 from extproc.envoy.exchange import (
     DELIVERED,
     ENDED,
@@ -29,12 +30,16 @@ from extproc.envoy.exchange import (
     Delayed,
     Exchange,
     IllegalEvent,
+    Refuse,
     Respond,
     SetDestination,
 )
 from extproc.envoy.health import Health
 from extproc.envoy.holding import Holding
 from extproc.envoy.intake import Hold, Intake, Router
+from extproc.envoy.reading import AtOnce, Reader
+from extproc.openai import errors
+from extproc.openai.reading import NotRead
 
 log = logging.getLogger(__name__)
 
@@ -44,11 +49,19 @@ HEADROOM_BYTES = 1 << 20
 """Above the largest body: the rest of its message, and headers, which proxies limit to 60 KiB by default."""
 NOTICED_S = 1.0
 """Envoy's health check sees within this time that we stop, and sends no further streams."""
+CUT_S = 0.5
+"""Streams that are left so long before the end of the grace period are ended by us."""
 COMPLAINT_INTERVAL_S = 10.0
 """Between log lines about one kind of failure, which may strike every request."""
 
+MAX_STREAMS = 10_000
+"""Most ext_proc streams open at one time; beyond, requests are refused with 503. Each takes 24 KB, and a proxy opens further connections
+where one has no room for its streams, so that a limit per connection would bound nothing."""
+
 Clock = Callable[[], float]
 """Seconds on the router's scale."""
+OVERLOADED = Refuse(errors.of_refusal(Reject(Refusal.OVERLOADED)))
+"""The answer where this process, and not the replicas, has too much to do."""
 
 
 @dataclass(slots=True)
@@ -59,6 +72,10 @@ class StreamCounts:
     steered: int = 0
     refused: int = 0
     """Answered by us with an error."""
+    overloaded: int = 0
+    """Of these, those for which this process had no room: too many streams, too many bytes of bodies, or nobody free to read a large one."""
+    cut: int = 0
+    """Ended by us, undecided, because this process had to end; the request passed unrouted."""
     abandoned: int = 0
     """Decided, but the client had left before the answer was sent."""
     unexpected: int = 0
@@ -91,8 +108,11 @@ class Server:
         router: Router,
         clock: Clock,
         on_decided: Callable[[float], None] = lambda _seconds: None,
+        reader: Reader | None = None,
     ) -> None:
-        """`on_decided` gets the seconds that each decision took, the reading of the body included."""
+        """`on_decided` gets the seconds that each decision took, the reading of the body included unless `reader` read it: those above
+        `requests.large_body_bytes`.
+        """
         self._address = config.listen.grpc
         self._limit = config.requests.max_body_bytes + HEADROOM_BYTES
         self._intake = intake
@@ -103,10 +123,18 @@ class Server:
         self._on_decided = on_decided
         self._complaints = Complaints(clock)
         self._budget_s = config.hold_limit_s
+        every_s = config.envoy.progress_interval_s
+        self._reported_within_s = None if every_s is None else 3 * every_s + config.envoy.log_flush_interval_s
+        self._reader: Reader = reader or AtOnce()
+        self._large_bytes = config.requests.large_body_bytes
+        self._open: set[asyncio.Task[Any]] = set()
+        """Streams under way."""
+        self.buffers = Buffers(config.requests.max_buffered_bytes)
         self.holding = Holding(router, clock)
         self._logs_open: set[asyncio.Task[Any]] = set()
         self._server: Any = None
         self._stopping = False
+        self._hurried = asyncio.Event()
         self.streams = StreamCounts()
         self.entries = LogCounts()
         self.health: Health
@@ -122,26 +150,45 @@ class Server:
         return f"{self._address.rpartition(':')[0]}:{port}"
 
     async def stop(self, grace_s: float) -> None:
-        """Report NOT_SERVING, take no more streams, give those under way `grace_s` seconds, then cut them. Nothing if it was never started."""
+        """Report NOT_SERVING, let those who wait have their turn, take no more streams, and cut what is left after `grace_s` seconds.
+
+        Nothing if it was never started.
+        """
         if self._server is None:
             return
-        self.health.stop_serving()
+        deadline = self._clock() + grace_s
         self._stopping = True
-        await self._last_turns(grace_s / 2)
-        stopping = asyncio.ensure_future(self._server.stop(grace_s / 2))
+        self.health.stop_serving()
+        await self._last_turns(grace_s)
+        left_s = max(deadline - self._clock(), 0.0)
+        stopping = asyncio.ensure_future(self._server.stop(left_s))
         await asyncio.sleep(0)  # let it refuse newcomers first
         for task in tuple(self._logs_open):
             task.cancel()  # these never end by themselves; waiting for them would always take the whole grace
+        await self._unless_hurried(asyncio.shield(stopping), max(left_s - CUT_S, left_s / 2))
+        self._hurried.set()
+        for task in tuple(self._open):
+            task.cancel()  # not by gRPC, which would end them with an error, nor by a second stop, which crashes it
         await stopping
         self.holding.close()
 
-    async def _last_turns(self, within_s: float) -> None:
+    def hurry(self) -> None:
+        """End the grace of `stop` now."""
+        self._hurried.set()
+
+    async def _last_turns(self, grace_s: float) -> None:
         """Those who wait shall not be cut off, nor newcomers while the proxy has not seen that we stop."""
-        deadline = self._clock() + within_s
-        await asyncio.sleep(min(NOTICED_S, within_s))
-        while len(self.holding) and (left_s := deadline - self._clock()) > 0:
-            await asyncio.sleep(min(left_s, 0.05))
+        notice_s = min(NOTICED_S, grace_s / 2)
+        await self._unless_hurried(asyncio.sleep(notice_s), notice_s)
+        await self._unless_hurried(self.holding.empty(), grace_s / 2 - notice_s)
         self.holding.release()
+
+    async def _unless_hurried(self, work: Awaitable[object], within_s: float) -> None:
+        """Wait for `work`, but not longer than told, nor after `hurry`."""
+        both = {asyncio.ensure_future(work), asyncio.ensure_future(self._hurried.wait())}
+        _, late = await asyncio.wait(both, timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
+        for task in late:
+            task.cancel()
 
     def _services(self) -> tuple[rpc.Service, ...]:
         return (
@@ -153,12 +200,25 @@ class Server:
 
     async def _process(self, _messages: object, context: rpc.Context) -> None:
         """One RPC. EOF and cancellation are both normal ends: proxies reset streams that they no longer need."""
-        exchange = Exchange(self._rules)
+        exchange, claim = Exchange(self._rules), self.buffers.claim()
         self.streams.opened += 1
+        task = asyncio.current_task()
+        assert task is not None
+        self._open.add(task)
         try:
-            while (raw := await context.read()) is not rpc.EOF:
-                if await self._perform(exchange.on(codec.event(raw, self._wanted)), exchange, context):
+            if len(self._open) > MAX_STREAMS:
+                await self._overloaded(context)
+                return
+            while (commands := await self._next(exchange, context)) is not None:
+                if not claim.resize(exchange.body_bytes):
+                    await self._overloaded(context)
                     return
+                if await self._perform(commands, exchange, context):
+                    return
+        except asyncio.CancelledError:
+            if not self._hurried.is_set():
+                raise  # the proxy left
+            self.streams.cut += 1
         except (codec.Unreadable, IllegalEvent) as e:
             self.streams.unexpected += 1
             self._complaints.about("the proxy sent what we cannot answer; the request passes unrouted", e)
@@ -166,7 +226,19 @@ class Server:
             self.streams.failed += 1
             self._complaints.about("a stream failed; the request passes unrouted", repr(e), trace=True)
         finally:
+            self._open.discard(task)
+            claim.close()
             self._abandon(exchange.on(ENDED))
+
+    async def _next(self, exchange: Exchange, context: rpc.Context) -> Commands | None:
+        """What to do about the next message, of which no name here keeps a second copy; None at the end."""
+        raw = await context.read()
+        return None if raw is rpc.EOF else exchange.on(codec.event(raw, self._wanted))
+
+    async def _overloaded(self, context: rpc.Context) -> None:
+        self.streams.refused += 1
+        self.streams.overloaded += 1
+        await context.write(codec.answer(Respond(OVERLOADED.error)))
 
     async def _perform(self, commands: Commands, exchange: Exchange, context: rpc.Context) -> bool:
         """Do as the machine says; whether that was all."""
@@ -174,24 +246,59 @@ class Server:
             if isinstance(command, Close):
                 return True
             if isinstance(command, Decide):
-                answer = self._decide(command)
+                answer = await self._decided(command, exchange, context)
                 if isinstance(answer, Hold):
-                    await self._perform(exchange.on(Delayed(self._budget_s)), exchange, context)
-                    answer = await self._turn(answer)
+                    answer = await self._turn(answer, exchange, context)
                 return await self._perform(exchange.on(Decided(answer)), exchange, context)
             message = codec.answer(command)
+            if len(message) > codec.LARGE_BYTES:  # with a new body: it took as long to make as it will take to send
+                await asyncio.sleep(0)
             if isinstance(command, SetDestination):
                 self.streams.steered += 1
                 exchange.on(DELIVERED)
             elif isinstance(command, Respond):
                 self.streams.refused += 1
-            await context.write(message)
+            try:
+                await context.write(message)
+            except asyncio.CancelledError:
+                if isinstance(command, SetDestination):
+                    self._doubt(command.steer.flight)
+                raise
         return False
 
-    def _decide(self, command: Decide) -> Answer | Hold:
+    def _doubt(self, flight: str) -> None:
+        """The proxy ended the RPC in the moment of the answer: with the answer, or because the client left.
+
+        Of a flight that is in the air its next report tells; no report, no flight.
+        """
+        if self._reported_within_s is not None:
+            asyncio.get_running_loop().call_later(self._reported_within_s, self._unless_reported, flight)
+
+    def _unless_reported(self, flight: str) -> None:
+        if self._router.forget(flight, self._clock()):
+            self.streams.abandoned += 1
+            self.holding.poke()
+
+    async def _decided(self, command: Decide, exchange: Exchange, context: rpc.Context) -> Answer | Hold:
+        body, intake = command.body, self._intake
+        if body is None or len(body) <= self._large_bytes:
+            return self._decide(lambda now: intake.decide(command.head, body, now, command.rewritable))
+        # At once, although most are read in less time than the proxy waits by itself: a message is nothing beside such a body.
+        await self._perform(exchange.on(Delayed(self._budget_s)), exchange, context)
+        reading = await self._reader.read(intake.task(command.head, command.rewritable), body)
+        if reading is NotRead.BUSY:
+            self.streams.overloaded += 1
+            return OVERLOADED
+        if reading is NotRead.FAILED:  # nothing is known against it
+            self.streams.failed += 1
+            self._complaints.about("a large body could not be read; the request passes unrouted", repr(self._reader))
+            return PASS
+        return self._decide(lambda now: intake.decide_read(command.head, body, reading, now))
+
+    def _decide(self, choose: Callable[[float], Answer | Hold]) -> Answer | Hold:
         began = self._clock()
         try:
-            answer = self._intake.decide(command.head, command.body, began, command.rewritable)
+            answer = choose(began)
             self._on_decided(self._clock() - began)
         except Exception as e:
             self.streams.failed += 1
@@ -200,12 +307,13 @@ class Server:
         self.holding.poke()  # it may have taken the place of one that waits
         return answer
 
-    async def _turn(self, hold: Hold) -> Answer:
+    async def _turn(self, hold: Hold, exchange: Exchange, context: rpc.Context) -> Answer:
         """The answer to a request that waits, when its turn has come."""
-        turn = self.holding.wait(hold.ticket)
+        turn = self.holding.wait(hold.ticket)  # before anything is written: the turn may come meanwhile
         try:
+            await self._perform(exchange.on(Delayed(self._budget_s)), exchange, context)
             verdict = await turn
-        except asyncio.CancelledError:  # the client left
+        except BaseException:  # the client left, as a rule
             self._left(hold, turn)
             raise
         try:

@@ -8,19 +8,42 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections import deque
 from typing import Any
 
 import orjson
 
+from extproc.core.record import record
 from extproc.openai.errors import BadRequest
 from extproc.openai.fields import Invalid, invalid, missing
 
 _STREAM_OPTIONS = re.compile(rb'"stream_options"\s*:\s*(null|\{[^{}]*\})')
 
 
-def load(body: bytes) -> dict[str, Any]:
-    """The object that a body holds; of doubled keys the last. Raises Invalid."""
+MAX_DEPTH = 128
+"""Nesting that is taken where nobody says otherwise. vLLM's own end, near 1,000, is that of its interpreter's stack."""
+
+ANY_DEPTH = sys.maxsize
+
+
+@record
+class Change:
+    """One piece of a body that is replaced."""
+
+    start: int
+    end: int
+    """Bytes of the body; both ends are the same where something is put in."""
+    replacement: bytes
+
+    def apply(self, body: bytes | memoryview) -> bytes:
+        """The body with the change; one copy."""
+        view = memoryview(body)
+        return b"".join((view[: self.start], self.replacement, view[self.end :]))
+
+
+def load(body: bytes, max_depth: int = MAX_DEPTH) -> dict[str, Any]:
+    """The object that a body holds; of doubled keys the last. Raises Invalid, also where it nests deeper than `max_depth`."""
     try:
         data = orjson.loads(body)
     except orjson.JSONDecodeError:
@@ -30,7 +53,25 @@ def load(body: bytes) -> dict[str, Any]:
     if not isinstance(data, dict):
         text = "Input should be a valid dictionary or object to extract fields from"
         raise invalid("model_attributes_type", "body", text, data)
+    if body.count(b"[") + body.count(b"{") > max_depth and _nests_deeper(data, max_depth):
+        text = f"There was an error parsing the body: it nests deeper than {max_depth} levels"
+        raise Invalid(BadRequest(text, "Bad Request"))
     return data
+
+
+def _nests_deeper(data: Any, levels: int) -> bool:
+    """Level by level, for a recursion could be made to end the interpreter."""
+    level = [data]
+    for _ in range(levels):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if type(outer) is dict else outer)
+            if type(inner) is dict or type(inner) is list
+        ]
+        if not level:
+            return False
+    return True
 
 
 def _load_slowly(body: bytes) -> Any:
@@ -47,33 +88,33 @@ def _load_slowly(body: bytes) -> Any:
         raise Invalid(BadRequest("There was an error parsing the body", "Bad Request")) from None
 
 
-def add_usage(body: bytes) -> bytes:
+def add_usage(body: bytes) -> Change:
     """Give the object of a body that lacks it the key `stream_options`; it must not be empty."""
     end = body.rindex(b"}")  # the object's own: only white space can follow it
-    return body[:end] + b',"stream_options":{"include_usage":true}' + body[end:]
+    return Change(end, end, b',"stream_options":{"include_usage":true}')
 
 
-def change_usage(body: bytes) -> bytes | None:
+def change_usage(body: bytes) -> Change | None:
     """Replace the value of the top-level `stream_options`; None where it is spelled so oddly that it is not found.
 
     A tool's schema may have a key of that name too, so each place is tried, and the one is taken after which the body
-    reads as it should. Trying the last four at most bounds the cost.
+    reads as it should. Trying the last four at most bounds the cost. The body must have been read: its depth is not checked again.
     """
-    data = load(body)
+    data = load(body, ANY_DEPTH)
     options = dict(data.get("stream_options") or {}, include_usage=True)
     if options.get("continuous_usage_stats"):  # without effect until now; with it every chunk would carry usage
         options["continuous_usage_stats"] = False
     wanted = {**data, "stream_options": options}
     value = json.dumps(options, separators=(",", ":")).encode()
     for match in deque(_STREAM_OPTIONS.finditer(body), maxlen=4):
-        changed = body[: match.start(1)] + value + body[match.end(1) :]
-        if _reads_as(changed, wanted):
-            return changed
+        change = Change(*match.span(1), value)
+        if _reads_as(change.apply(body), wanted):
+            return change
     return None
 
 
 def _reads_as(body: bytes, wanted: dict[str, Any]) -> bool:
     try:
-        return load(body) == wanted
+        return load(body, ANY_DEPTH) == wanted
     except (Invalid, RecursionError):
         return False

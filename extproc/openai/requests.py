@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from extproc.core.prefix.blocks import chain
+from extproc.core.prefix.blocks import MAX_BLOCKS, chain
 from extproc.core.record import record
 from extproc.core.types import Api, Request
 from extproc.openai import body as bodies
 from extproc.openai import fields, prompt
+from extproc.openai.body import Change
 from extproc.openai.errors import BadRequest
 from extproc.openai.fields import Invalid, invalid, missing
 from extproc.openai.prompt import Prompt
@@ -48,6 +49,17 @@ class Parsed:
     """The body has that key already, possibly null."""
 
 
+@record
+class Limits:
+    """How far a body is read."""
+
+    max_depth: int = bodies.MAX_DEPTH
+    """Deepest nesting; beyond, the body is refused."""
+    max_blocks: int = MAX_BLOCKS
+    """Most blocks of the prompt's chain, which ends there."""
+
+
+DEFAULT = Limits()
 _OTHER = Parsed(Request())
 
 
@@ -56,7 +68,9 @@ def is_read(method: str, path: str) -> bool:
     return _api(method, path) is not Api.OTHER
 
 
-def read(method: str, path: str, body: bytes | None, content_length: int | None = None) -> Parsed | BadRequest:
+def read(
+    method: str, path: str, body: bytes | None, content_length: int | None = None, limits: Limits = DEFAULT
+) -> Parsed | BadRequest:
     """Read one request.
 
     `path` may carry a query. `body` is None where only its size in bytes is known, `content_length`: the request can
@@ -68,13 +82,13 @@ def read(method: str, path: str, body: bytes | None, content_length: int | None 
     if body is None:
         return Parsed(Request(api=api, prompt_bytes=content_length))
     try:
-        return _read(api, bodies.load(body))
+        return _read(api, bodies.load(body, limits.max_depth), limits.max_blocks)
     except Invalid as e:
         return e.bad
 
 
-def with_usage(parsed: Parsed, body: bytes) -> bytes | None:
-    """The body with `stream_options.include_usage` set; None where nothing is to be changed.
+def usage_change(parsed: Parsed, body: bytes) -> Change | None:
+    """What to change in the body to have `stream_options.include_usage` set; None where nothing is to be changed.
 
     None also where `stream_options` is there but cannot be found by its plain spelling; usage then stays unknown.
     """
@@ -82,6 +96,12 @@ def with_usage(parsed: Parsed, body: bytes) -> bytes | None:
     if not request.stream or parsed.streams_usage or request.api not in _USAGE_APIS:
         return None
     return bodies.change_usage(body) if parsed.has_stream_options else bodies.add_usage(body)
+
+
+def with_usage(parsed: Parsed, body: bytes) -> bytes | None:
+    """The body with that change; None where nothing is to be changed."""
+    change = usage_change(parsed, body)
+    return None if change is None else change.apply(body)
 
 
 # --- fields -----------------------------------------------------------------------------------------------------------
@@ -93,14 +113,14 @@ def _api(method: str, path: str) -> Api:
     return _APIS.get(path.partition("?")[0], Api.OTHER)
 
 
-def _read(api: Api, data: dict[str, Any]) -> Parsed:
+def _read(api: Api, data: dict[str, Any], max_blocks: int) -> Parsed:
     asked = _PROMPTS[api](data)  # first: where prompt and model are missing, vLLM tells of the prompt
     model = _model(data)
     has_options = api in _USAGE_APIS and "stream_options" in data
     request = Request(
         api=api,
         model=model,
-        blocks=chain(prompt.seed(model, _salt(api, data)), asked.canonical),
+        blocks=chain(prompt.seed(model, _salt(api, data)), asked.canonical, max_blocks),
         prompt_bytes=asked.size,
         prompt_tokens=asked.tokens,
         max_output_tokens=_LIMITS[api](data),

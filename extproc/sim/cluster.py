@@ -2,7 +2,8 @@
 
 The routers are `core.router.Router` itself, wired as in the service (`sim/sidecar.py`); the replicas are `sim/engine.py`. This
 file is what stands between them:
- * a client sends its next turn `delay_s` after the answer to the one before, whether that was good or not;
+ * a client sends its next turn `delay_s` after the answer to the one before, whether that was good, an error or a refusal;
+ * a request that the router holds stays at the proxy until its turn; its client's clock runs on;
  * the proxy connects to the first of the router's list, and on a refused connection to the next; what breaks off after
    that has begun is lost, for the headers of a stream are out long before its first token;
  * the proxy tells the router how a request goes and how it ended, and counts it as timed out when no byte came for long.
@@ -17,7 +18,22 @@ from random import Random
 from typing import Final
 
 from extproc.config import EnvoyConfig
-from extproc.core.types import Api, Blocks, Decision, End, Outcome, Progressed, Reject, Request, Route, Usage
+from extproc.core.types import (
+    Api,
+    Blocks,
+    Decision,
+    End,
+    Outcome,
+    Progressed,
+    Refusal,
+    Reject,
+    Request,
+    Route,
+    Usage,
+    Wait,
+)
+from extproc.core.types import Turn as EndOfWait
+from extproc.openai import errors
 from extproc.sim.engine import EngineRequest, Token
 from extproc.sim.incidents import Incident, Kind, newcomers
 from extproc.sim.node import Node, NodeSpec
@@ -45,12 +61,14 @@ class Scenario:
     incidents: tuple[Incident, ...] = ()
     oracle_lengths: bool = False
     """Each request's `max_tokens` is its true output length."""
+    slo_ttft_s: float | None = None
+    """Every client wants its first token within so long or else a refusal at once (`x-slo-ttft-ms`); None where they wait."""
     seed: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """One request as its client saw it; times are seconds."""
+    """One request as its client saw it; times are seconds from its arrival at the proxy, a wait there included."""
 
     turn: int
     """Its place in the trace."""
@@ -59,7 +77,8 @@ class Served:
     replica: str | None
     """Who answered, or broke off; None when nobody was chosen."""
     attempts: int
-    end: End
+    end: End | None
+    """None when the router refused it, so that it never was on its way."""
     status: int
     reason: str
     """The policy's word for its choice."""
@@ -74,6 +93,12 @@ class Served:
     """Of the prompt, found in the replica's cache; None when it never answered."""
     predicted_cached_tokens: int | None
     predicted_ttft_s: float | None
+    """From the moment at which its replica was chosen."""
+    held_s: float | None = None
+    """How long it waited for that; None when it was not held."""
+    refusal: Refusal | None = None
+    priority: int = 0
+    tenant: str | None = None
 
 
 @dataclass(slots=True)
@@ -84,6 +109,10 @@ class _Call:
     turn: Turn
     arrived_s: float
     router: int
+    waits: bool = False
+    """It was held, or still is."""
+    sent_s: float | None = None
+    """When the router said where to, or that nowhere."""
     decision: Decision | None = None
     attempts: int = 0
     node: Node | None = None
@@ -91,6 +120,21 @@ class _Call:
     first_token_s: float | None = None
     cached_tokens: int | None = None
     ended: bool = False
+
+    @property
+    def ttft_s(self) -> float | None:
+        """As its client sees it."""
+        return None if self.first_token_s is None else self.first_token_s - self.arrived_s
+
+    @property
+    def replica_ttft_s(self) -> float | None:
+        """What of that the replica is responsible for."""
+        return None if self.first_token_s is None or self.sent_s is None else self.first_token_s - self.sent_s
+
+    @property
+    def held_s(self) -> float | None:
+        """How long the router held it."""
+        return self.sent_s - self.arrived_s if self.waits and self.sent_s is not None else None
 
 
 @dataclass(slots=True)
@@ -120,7 +164,9 @@ class Cluster:
         for place in absent:
             self._places[place - 1].up = False
         self._sidecars = tuple(
-            Sidecar(i, self._nodes, members, policy, options or {}, scenario.wiring, timeline, scenario.seed)
+            Sidecar(
+                i, self._nodes, members, policy, options or {}, scenario.wiring, timeline, scenario.seed, self._turned
+            )
             for i in range(scenario.routers)
         )
         sizes = {spec.engine.block_size for spec in scenario.fleet}
@@ -129,6 +175,8 @@ class Cluster:
         self._ratio = trace.block_size // sizes.pop()
         self._ends = _ends(trace)
         self._calls: dict[int, _Call] = {}
+        self._held: dict[tuple[int, str], _Call] = {}
+        """By router and ticket."""
         self._served: list[Served] = []
         self._next_of: dict[int, list[int]] = defaultdict(list)
         self._arrived = 0
@@ -176,6 +224,7 @@ class Cluster:
         for sidecar in self._sidecars:
             sidecar.router.check()
             assert sidecar.router.in_flight == 0, sidecar
+            assert sidecar.router.holding == 0, sidecar
         assert sorted(s.turn for s in self._served) == list(range(len(self._trace.turns)))
 
     # --- the client ---------------------------------------------------------------------------------------------------
@@ -185,14 +234,26 @@ class Cluster:
         router = self._arrived % len(self._sidecars)
         self._arrived += 1
         call = self._calls[number] = _Call(number, turn, self._timeline.now, router)
-        hashes = turn.hashes()
-        verdict = self._sidecars[router].arrive(self._request(number, turn, hashes))
+        sidecar = self._sidecars[router]
+        verdict = sidecar.arrive(self._request(number, turn, turn.hashes()))
+        if isinstance(verdict, Wait):
+            call.waits = True
+            self._held[router, verdict.ticket] = call
+        else:
+            self._judged(call, verdict)
+        sidecar.ask_turns()
+
+    def _turned(self, router: int, turn: EndOfWait) -> None:
+        """A wait is over."""
+        self._judged(self._held.pop((router, turn.ticket)), turn.verdict)
+
+    def _judged(self, call: _Call, verdict: Route | Reject) -> None:
+        call.sent_s = self._timeline.now
         if isinstance(verdict, Reject):
-            self._end(call, End.UNREACHABLE, 503)
+            self._end(call, None, errors.of_refusal(verdict).status, refusal=verdict.refusal)
             return
-        assert isinstance(verdict, Route), "nothing is held here yet"
         call.decision = verdict.decision
-        self._connect(call, hashes if self._ratio == 1 else turn.hashes(self._ratio))
+        self._connect(call)
 
     def _request(self, number: int, turn: Turn, hashes: tuple[int, ...]) -> Request:
         known = min(len(hashes), turn.prompt_tokens // self._trace.block_size)
@@ -209,6 +270,9 @@ class Cluster:
             stream=True,
             session=turn.session,
             tenant=turn.tenant,
+            priority=turn.priority,
+            slo_ttft_s=self._scenario.slo_ttft_s,
+            body_bytes=prompt_bytes,
         )
 
     def _misjudged(self, number: int) -> float:
@@ -218,19 +282,23 @@ class Cluster:
 
     # --- the proxy ----------------------------------------------------------------------------------------------------
 
-    def _connect(self, call: _Call, hashes: tuple[int, ...]) -> None:
+    def _connect(self, call: _Call) -> None:
         """To the first of the list that accepts the connection."""
         assert call.decision is not None
         for address in call.decision.endpoints:
             node = call.node = self._nodes[address]
             call.attempts += 1
             if node.up:
-                self._send(call, node, hashes)
+                self._send(call, node)
                 return
         self._end(call, End.UNREACHABLE, 503)
 
-    def _send(self, call: _Call, node: Node, hashes: tuple[int, ...]) -> None:
+    def _send(self, call: _Call, node: Node) -> None:
         turn = call.turn
+        if node.failing:
+            self._end(call, End.UPSTREAM_ERROR, 500)
+            return
+        hashes = turn.hashes(self._ratio)
         if node.submit(EngineRequest(call.number, turn.prompt_tokens, turn.output_tokens, hashes)):
             self._end(call, End.CLIENT_ERROR, 400)
             return
@@ -242,9 +310,9 @@ class Cluster:
     def _progress(self, call: _Call) -> None:
         if call.ended or call.node is None or call.decision is None:
             return
-        ttft = None if call.first_token_s is None else call.first_token_s - call.arrived_s
         size = call.node.emitted(call.number) * RESPONSE_BYTES_PER_TOKEN
-        self._sidecars[call.router].log(Progressed(call.decision.flight, ttft, ttft, size))
+        entry = Progressed(call.decision.flight, call.ttft_s, call.replica_ttft_s, size)
+        self._sidecars[call.router].log(entry)
         self._timeline.at(self._timeline.now + (self._scenario.wiring.progress_interval_s or 0), self._progress, call)
 
     def _time_out(self, call: _Call) -> None:
@@ -254,32 +322,31 @@ class Cluster:
         call.node.abort(call.number)
         self._end(call, End.TIMEOUT, 504 if call.first_token_s is None else 200, tokens)
 
-    def _end(self, call: _Call, end: End, status: int, tokens: int = 0) -> None:
+    def _end(self, call: _Call, end: End | None, status: int, tokens: int = 0, refusal: Refusal | None = None) -> None:
         """The one end of a call: into the access log and the record; then its client thinks."""
         call.ended = True
         del self._calls[call.number]
-        if call.decision is not None:
+        if call.decision is not None and end is not None:
             self._sidecars[call.router].log((call.decision.flight, self._outcome(call, end, status, tokens)))
-        self._served.append(self._record(call, end, status, tokens))
+        self._served.append(self._record(call, end, status, tokens, refusal))
         for number in self._next_of.pop(call.number, ()):
             self._timeline.at(self._timeline.now + self._trace.turns[number].delay_s, self._arrive, number)
 
     def _outcome(self, call: _Call, end: End, status: int, tokens: int) -> Outcome:
-        ttft = None if call.first_token_s is None else call.first_token_s - call.arrived_s
         told = end is End.OK  # usage stands at the end of a response: one that broke off has none
         return Outcome(
             end=end,
             status=status,
             served=call.node.address if call.node else None,
             attempts=max(call.attempts, 1),
-            ttft_s=ttft,
-            replica_ttft_s=ttft,
+            ttft_s=call.ttft_s,
+            replica_ttft_s=call.replica_ttft_s,
             duration_s=self._timeline.now - call.arrived_s,
             response_bytes=tokens * RESPONSE_BYTES_PER_TOKEN,
             usage=Usage(call.turn.prompt_tokens, tokens, call.cached_tokens) if told else None,
         )
 
-    def _record(self, call: _Call, end: End, status: int, tokens: int) -> Served:
+    def _record(self, call: _Call, end: End | None, status: int, tokens: int, refusal: Refusal | None) -> Served:
         decision = call.decision
         prediction = decision.prediction if decision else None
         return Served(
@@ -292,13 +359,17 @@ class Cluster:
             status=status,
             reason=decision.reason if decision else "refused",
             queue_s=None if call.scheduled_s is None else call.scheduled_s - call.arrived_s,
-            ttft_s=None if call.first_token_s is None else call.first_token_s - call.arrived_s,
+            ttft_s=call.ttft_s,
             e2e_s=self._timeline.now - call.arrived_s,
             prompt_tokens=call.turn.prompt_tokens,
             output_tokens=tokens,
             cached_tokens=call.cached_tokens,
             predicted_cached_tokens=prediction.cached_tokens if prediction else None,
             predicted_ttft_s=prediction.ttft_s if prediction else None,
+            held_s=call.held_s,
+            refusal=refusal,
+            priority=call.turn.priority,
+            tenant=call.turn.tenant,
         )
 
     # --- what replicas tell -------------------------------------------------------------------------------------------
@@ -331,6 +402,11 @@ class Cluster:
                     self._timeline.at(self._timeline.now + IDLE_TIMEOUT_S, self._time_out, self._calls[number])
             case Kind.SLOWS:
                 node.slow(incident.factor)
+            case Kind.ERRORS:
+                node.failing = True
+            case Kind.DRAINS:
+                for sidecar in self._sidecars:
+                    sidecar.drains(node.address)
             case Kind.JOINS:
                 if node.up:
                     self._break_off(node)

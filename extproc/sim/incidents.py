@@ -1,4 +1,7 @@
-"""What befalls a simulated fleet, written as `T:replica:what`: `60:3:dies`, `90:3:joins`, `30:1:slows=2.5`, `45:2:hangs`."""
+"""What befalls a simulated fleet, written as `T:replica:what`: `60:3:dies`, `90:3:joins`, `30:1:slows=2.5`, `45:2:hangs`.
+
+`T` is seconds, `replica` its place in the fleet from 1.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,9 @@ class IncidentError(Exception):
 class Kind(StrEnum):
     """What happens."""
 
+    DRAINS = "drains"  # somebody asks that it get nothing new; what runs there goes on
     DIES = "dies"  # its process ends: what runs there breaks off, and connections are refused
+    ERRORS = "errors"  # it answers each new request with 500; its checks and metrics stay as they are
     HANGS = "hangs"  # its process lives and accepts requests, but computes nothing
     JOINS = "joins"  # a fresh process listens: a new member if this is its first incident, else a restart
     SLOWS = "slows"  # steps take `factor` times what they did at first
@@ -39,7 +44,9 @@ def incident(text: str) -> Incident:
     """Read one. Raises IncidentError."""
     found = _SHAPE.fullmatch(text.strip())
     if not found or found["kind"] not in Kind.__members__.values():
-        raise IncidentError(f"{text!r} is not T:replica:what with what one of dies, hangs, joins, slows=FACTOR")
+        raise IncidentError(
+            f"{text!r} is not T:replica:what with what one of dies, drains, errors, hangs, joins, slows=FACTOR"
+        )
     kind = Kind(found["kind"])
     if (kind is Kind.SLOWS) is not (found["factor"] is not None):
         raise IncidentError(f"{text!r}: slows needs a factor, as in slows=2; the others have none")

@@ -53,6 +53,8 @@ class Node:
         """Something listens there."""
         self.hung = False
         """Its process lives, and computes nothing."""
+        self.failing = False
+        """It answers new requests with an error; those that it has go on."""
         self.loads: list[tuple[float, int, int]] = []
         """(time, running, waiting), as `note_load` found them."""
         self._timeline = timeline
@@ -134,7 +136,7 @@ class Node:
         if self._step is not None and not was_hung:
             self._past.busy_s += self._timeline.now - self._awake_since
         self._here.clear()
-        self.up = self.hung = False
+        self.up = self.hung = self.failing = False
         self._begin()
         return lost
 

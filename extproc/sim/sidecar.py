@@ -1,27 +1,34 @@
-"""One router of a simulated cluster, with what the service puts around it in production: scrapes and the access log.
+"""One router of a simulated cluster, with what the service puts around it in production: scrapes, checks and the access log.
 
 The router is the one that serves. Facts reach it at the moments at which they would there: samples at the scraper's pace,
-ends and progress when the proxy flushes its access log, lost flights by the tick.
+checks of health at theirs, ends and progress when the proxy flushes its access log, lost flights by the tick. As in the
+service it is asked for turns after each of them, and at the moment that it names itself.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
 from typing import Final
 
-from extproc.config import EnvoyConfig, Requests, Scrape
+from extproc.config import EnvoyConfig, Health, Requests, Scrape
+from extproc.core.admission.settings import QueueSettings
+from extproc.core.health.settings import HealthSettings
 from extproc.core.observers import Ended, Quiet
 from extproc.core.router import PoolSettings, Router
 from extproc.core.types import (
     Add,
     Decision,
+    DrainAsked,
+    DrainEnded,
     End,
     Fact,
     NotSampled,
     Outcome,
+    Probe,
+    Probed,
     Progressed,
     Replica,
     Request,
@@ -29,6 +36,7 @@ from extproc.core.types import (
     Sample,
     Sampled,
     ScrapeFailure,
+    Turn,
     Verdict,
 )
 from extproc.sim.node import Node
@@ -38,6 +46,8 @@ POOL: Final = "default"
 MODEL: Final = "sim"
 TICK_S: Final = 0.25
 """As often as the service sweeps."""
+SOONEST_S: Final = 0.001
+"""The service's timer never fires sooner: a router that names the present moment again and again must not stop time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +66,13 @@ class Wiring:
     progress_interval_s: float | None = EnvoyConfig().progress_interval_s
     """Between the entries of a request that runs; None for none."""
     flight_ttl_s: float = Requests().flight_ttl_s
+    queue: QueueSettings = field(default_factory=QueueSettings)
+    """What the router holds requests by; `NO_QUEUE` places each at once."""
+    health: HealthSettings = field(default_factory=HealthSettings)
+    health_interval_s: float = Health().interval_s
+    """Between checks of a replica that seems well."""
+    doubt_interval_s: float = Health().doubt_interval_s
+    """Between checks of one that does not."""
     prior_error: float = 1.0
     """The router begins with step times wrong by this factor."""
     prior_error_every: int = 1
@@ -65,6 +82,10 @@ class Wiring:
     estimate_error: float = 0.0
     """Each prompt seems longer or shorter to the router by a log-normal factor with this sigma and median 1: what its token
     estimates are off by. Shares of the prompt, such as a prefix hit, stay right."""
+
+
+NO_QUEUE: Final = QueueSettings(enabled=False)
+"""Every request is placed as it comes, and waits in the engine."""
 
 
 @dataclass(slots=True)
@@ -104,14 +125,23 @@ class Sidecar:
         wiring: Wiring,
         timeline: Timeline,
         seed: int,
+        turned: Callable[[int, Turn], object],
     ) -> None:
-        """`nodes`: every replica that is or will be; `members`: those known at the start."""
+        """`nodes`: every replica that is or will be; `members`: those known at the start.
+
+        `turned` is told this router's number and the end of each wait.
+        """
         self.wiring = wiring
         self._timeline = timeline
+        self._number = number
+        self._turned = turned
+        self._wakes_at = math.inf
+        """When the router is asked for turns next, if nothing else happens."""
         self._rng = Random(f"{seed}/scrapes/{number}")
+        self._phases = Random(f"{seed}/checks/{number}")
         self._nodes = nodes
         self._places = {address: place for place, address in enumerate(nodes, 1)}
-        pool = PoolSettings(POOL, (MODEL,), policy, dict(options), stale_after_s=wiring.stale_after_s)
+        pool = _pool(policy, options, wiring)
         rng = Random(f"{seed}/router/{number}")
         self.router = Router([pool], rng, _Waker(self._hurry), wiring.flight_ttl_s)
         self._watched: dict[str, _Watched] = {}
@@ -130,6 +160,21 @@ class Sidecar:
     def arrive(self, request: Request) -> Verdict:
         """The router's verdict."""
         return self.router.arrive(request, self._timeline.now)
+
+    def ask_turns(self) -> None:
+        """Hand out the waits that end now. To be called after whatever may free a place or take one."""
+        for turn in self.router.turns(self._timeline.now):
+            self._turned(self._number, turn)
+        named = self.router.next_wakeup() if self.router.holding else None
+        at = math.inf if named is None else max(named, self._timeline.now + SOONEST_S)
+        if at < self._wakes_at:
+            self._wakes_at = at
+            self._timeline.at(at, self._wake, at)
+
+    def _wake(self, planned_at: float) -> None:
+        if planned_at == self._wakes_at:  # a sooner one was planned since, otherwise
+            self._wakes_at = math.inf
+            self.ask_turns()
 
     def log(self, entry: tuple[str, Outcome] | Progressed) -> None:
         """The proxy writes an access log entry: the end of a flight, or how it goes."""
@@ -155,14 +200,20 @@ class Sidecar:
                 self.router.learn(entry, now)
             else:
                 self.router.finish(*entry, now)
+        self.ask_turns()
 
     # --- membership ---------------------------------------------------------------------------------------------------
 
     def joined(self, replica: Replica) -> None:
-        """Discovery tells of a new member."""
+        """Discovery tells of a new member, or of one that is back; a drain that was asked for is over."""
         self._learn(Add(POOL, replica))
+        self._learn(DrainEnded(POOL, replica.address))
         self._distrust(replica.address)
         self._watch(replica.address)
+
+    def drains(self, address: str) -> None:
+        """Somebody asks that the replica get nothing new."""
+        self._learn(DrainAsked(POOL, address))
 
     def _distrust(self, address: str) -> None:
         """Put the wrong prior in; only learning can mend it."""
@@ -175,12 +226,23 @@ class Sidecar:
 
     def _tick(self, _: object) -> None:
         self.router.expire(self._timeline.now)
+        self.ask_turns()
         self._timeline.at(self._timeline.now + TICK_S, self._tick)
 
     def _watch(self, address: str) -> None:
         if address not in self._watched:
             watched = self._watched[address] = _Watched(self._nodes[address])
             self._scrape_in(watched, self._rng.random() * self.wiring.scrape_interval_s)
+            first_s = self._phases.random() * self.wiring.doubt_interval_s
+            self._timeline.at(self._timeline.now + first_s, self._check, watched.node)
+
+    def _check(self, node: Node) -> None:
+        """Whether it lives and lists its model. A hung one does both: its HTTP server is another process than its engine."""
+        well = node.up
+        for probe in (Probe.LIVE, Probe.READY):
+            self._learn(Probed(POOL, node.address, probe, well))
+        interval_s = self.wiring.health_interval_s if well else self.wiring.doubt_interval_s
+        self._timeline.at(self._timeline.now + interval_s, self._check, node)
 
     def _scrape_in(self, watched: _Watched, pause_s: float) -> None:
         watched.due = self._timeline.now + pause_s
@@ -225,3 +287,16 @@ class Sidecar:
 
     def _learn(self, fact: Fact) -> None:
         self.router.learn(fact, self._timeline.now)
+        self.ask_turns()
+
+
+def _pool(policy: str, options: Mapping[str, float | int | str | bool], wiring: Wiring) -> PoolSettings:
+    return PoolSettings(
+        name=POOL,
+        models=(MODEL,),
+        policy=policy,
+        policy_options=dict(options),
+        stale_after_s=wiring.stale_after_s,
+        health=wiring.health,
+        queue=wiring.queue,
+    )

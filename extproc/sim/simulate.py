@@ -21,9 +21,9 @@ from extproc.core.policies import PolicyError, create
 from extproc.sim import fleet_spec, simulate_report
 from extproc.sim.cluster import Cluster, Result, Scenario
 from extproc.sim.incidents import IncidentError, checked, incident
-from extproc.sim.sidecar import Wiring
+from extproc.sim.sidecar import NO_QUEUE, Wiring
 from extproc.sim.simulate_report import Load, Slo
-from extproc.sim.traces import Generate, Starts, Trace, TraceError, generate, load
+from extproc.sim.traces import Generate, Starts, Trace, TraceError, flooded, generate, load, prioritized
 
 DEFAULT_POLICIES: Final = ("predicted", "least_request", "round_robin")
 
@@ -53,6 +53,12 @@ class Order:
     wiring: Wiring = field(default_factory=Wiring)
     incidents: tuple[str, ...] = ()
     oracle_lengths: bool = False
+    priority: float = 0.0
+    """Share of the sessions that are urgent."""
+    flood: float | None = None
+    """One tenant of two asks so many times what the other does; None leaves the tenants of the trace."""
+    ask_ttft: float | None = None
+    """What every client wants, seconds; None where they wait."""
     seed: int = 1
     slo: Slo = field(default_factory=Slo)
     json: Path | None = None
@@ -83,6 +89,9 @@ def from_options(**given: Any) -> None:
             raise SimulateError(f"--{name.replace('_', '-')} must be above 0, not {given[name]:g}")
     if not 0 <= given["estimate_error"] <= 3:
         raise SimulateError(f"--estimate-error must be from 0 to 3, not {given['estimate_error']:g}")
+    for name in ("flood", "ask_ttft"):
+        if given[name] is not None and not given[name] > 0:
+            raise SimulateError(f"--{name.replace('_', '-')} must be above 0, not {given[name]:g}")
     wiring = Wiring(
         scrape_interval_s=given["scrape_interval"],
         scrape_age_s=given["scrape_age"],
@@ -91,11 +100,13 @@ def from_options(**given: Any) -> None:
         progress_interval_s=given["progress_interval"] or None,
         prior_error=given["prior_error"],
         estimate_error=given["estimate_error"],
+        queue=Wiring().queue if given["queue"] else NO_QUEUE,
     )
     alike = ("trace", "format", "generate", "limit", "fleet", "model_size", "block_size", "routers")
-    files = ("oracle_lengths", "seed", "json", "log", "plot")
+    clients = ("oracle_lengths", "priority", "flood", "ask_ttft")
+    files = ("seed", "json", "log", "plot")
     order = Order(
-        **{name: given[name] for name in (*alike, *files)},
+        **{name: given[name] for name in (*alike, *clients, *files)},
         speed_ups=speed_ups,
         starts=Starts(given["sessions_per_s"], given["sessions"], given["max_pause"], given["seed"]),
         replicas=given["replica"],
@@ -144,6 +155,7 @@ def _scenario(order: Order) -> Scenario:
         wiring=order.wiring,
         incidents=checked(map(incident, order.incidents), len(fleet)),
         oracle_lengths=order.oracle_lengths,
+        slo_ttft_s=order.ask_ttft,
         seed=order.seed,
     )
 
@@ -159,7 +171,14 @@ def _trace(order: Order) -> Trace:
         trace = trace.limited(order.limit)
     if not trace.turns:
         raise SimulateError("the trace has no requests")
-    return trace
+    return _marked(trace, order)
+
+
+def _marked(trace: Trace, order: Order) -> Trace:
+    """With the priorities and tenants that were asked for."""
+    if order.priority:
+        trace = prioritized(trace, order.priority, order.seed)
+    return trace if order.flood is None else flooded(trace, order.flood, order.seed)
 
 
 def _groups(order: Order) -> tuple[Sequence[fleet_spec.Group], str]:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from rich import box
 from rich.table import Table
 
-from extproc.core.types import End
+from extproc.core.types import End, Refusal
 from extproc.sim.cluster import Result, Served
 from extproc.sim.node import Node
 from extproc.sim.report import percentile
 
 TTFT_PERCENTILES: Final = (50, 90, 99)
 E2E_PERCENTILES: Final = (50, 99)
+CLASS_PERCENTILES: Final = (50, 99)
+"""Of TTFT, shown for each priority."""
+TOO_MANY: Final = 429
+"""The status of a refusal for want of room."""
 SHOWN: Final = 16
 """Replicas in the table."""
 
@@ -64,15 +68,23 @@ def tpot_s(served: Served) -> float | None:
 
 
 def summary(result: Result, slo: Slo) -> dict[str, Any]:
-    """One run. Latencies are those of whole answers; what failed is counted beside them, and never good."""
+    """One run. Latencies are those of whole answers; what failed or was refused is counted beside them, and never good.
+
+    Refused is what was answered with 429 for want of room; a refusal with 503, because nobody can serve, is a failure.
+    """
     served = result.served
     good = [s for s in served if s.end is End.OK]
+    refused = sum(s.status == TOO_MANY for s in served)
     in_time = sum(slo.met(s) for s in served)
     last_arrival_s = max((s.arrived_s for s in served), default=0.0)
     return {
         "requests": len(served),
-        "failed": len(served) - len(good),
+        "failed": len(served) - len(good) - refused,
+        "refused": refused,
+        "held": sum(s.held_s is not None for s in served),
+        "held_mean_s": _mean(s.held_s for s in served if s.held_s is not None),
         "ends": {end.value: n for end in End if (n := sum(s.end is end for s in served))},
+        "refusals": {why.value: n for why in Refusal if (n := sum(s.refusal is why for s in served))},
         "retried": sum(s.attempts > 1 for s in served),
         **_distribution("ttft", (s.ttft_s for s in good if s.ttft_s is not None), TTFT_PERCENTILES),
         **_distribution("e2e", (s.e2e_s for s in good), E2E_PERCENTILES),
@@ -80,6 +92,7 @@ def summary(result: Result, slo: Slo) -> dict[str, Any]:
         "queue_mean_s": _mean(s.queue_s for s in good if s.queue_s is not None),
         **_prefix(good),
         **_prediction(good),
+        "priorities": {str(p): _class(served, p, slo) for p in sorted({s.priority for s in served}, reverse=True)},
         "offered_requests_per_s": _ratio(len(served), last_arrival_s),
         "goodput_requests_per_s": _ratio(in_time, last_arrival_s),
         "goodput_share": _ratio(in_time, len(served)),
@@ -123,9 +136,28 @@ def _prefix(good: Sequence[Served]) -> dict[str, float | None]:
 
 
 def _prediction(good: Sequence[Served]) -> dict[str, float | None]:
-    """How far off the predicted TTFT was: mean of the amounts, and mean with sign (above 0: too pessimistic)."""
-    errors = [s.predicted_ttft_s - s.ttft_s for s in good if s.predicted_ttft_s is not None and s.ttft_s is not None]
+    """How far off the predicted TTFT was: mean of the amounts, and mean with sign (above 0: too pessimistic).
+
+    It is predicted from the moment of the choice on, so the wait for that does not count.
+    """
+    errors = [
+        s.predicted_ttft_s + (s.held_s or 0.0) - s.ttft_s
+        for s in good
+        if s.predicted_ttft_s is not None and s.ttft_s is not None
+    ]
     return {"ttft_error_mean_s": _mean(map(abs, errors)), "ttft_bias_mean_s": _mean(errors)}
+
+
+def _class(served: Sequence[Served], priority: int, slo: Slo) -> dict[str, Any]:
+    """The requests of one priority."""
+    alike = [s for s in served if s.priority == priority]
+    ttfts = (s.ttft_s for s in alike if s.end is End.OK and s.ttft_s is not None)
+    return {
+        "requests": len(alike),
+        "refused": sum(s.status == TOO_MANY for s in alike),
+        **_distribution("ttft", ttfts, CLASS_PERCENTILES),
+        "goodput_share": _ratio(sum(map(slo.met, alike)), len(alike)),
+    }
 
 
 def _replica(node: Node, served: Sequence[Served], lasted_s: float) -> dict[str, Any]:
@@ -165,6 +197,8 @@ def table(runs: Mapping[str, Mapping[str, Any]], title: str) -> Table:
         grid.add_column(name, justify="right")
     for label, key, show in _ROWS:
         grid.add_row(label, *(show(run.get(key)) for run in runs.values()))
+    for row in _priorities(runs):
+        grid.add_row(*row)
     grid.add_section()
     grid.add_row("each: requests, tokens, busy")
     addresses = list(next(iter(runs.values()))["replicas"])
@@ -173,6 +207,21 @@ def table(runs: Mapping[str, Mapping[str, Any]], title: str) -> Table:
     if len(addresses) > SHOWN:
         grid.add_row(f"and {len(addresses) - SHOWN} more; --json has all")
     return grid
+
+
+def _priorities(runs: Mapping[str, Mapping[str, Any]]) -> Iterator[list[str]]:
+    """Where there is more than one priority, what each of them got."""
+    classes = {name: run["priorities"] for name, run in runs.items()}
+    found = next(iter(classes.values()))
+    for priority in found if len(found) > 1 else ():
+        for percent in CLASS_PERCENTILES:
+            shown = (_ms(each[priority][f"ttft_p{percent}_s"]) for each in classes.values())
+            yield [f"priority {priority}: TTFT p{percent}, ms", *shown]
+        yield [
+            f"priority {priority}: goodput",
+            *(_percent(each[priority]["goodput_share"]) for each in classes.values()),
+        ]
+        yield [f"priority {priority}: refused", *(_count(each[priority]["refused"]) for each in classes.values())]
 
 
 def _ms(value: float | None) -> str:
@@ -211,6 +260,9 @@ _ROWS: Final[tuple[tuple[str, str, Callable[[float | None], str]], ...]] = (
     ("makespan, s", "makespan_s", _seconds),
     ("requests", "requests", _count),
     ("failed", "failed", _count),
+    ("refused (429)", "refused", _count),
+    ("held", "held", _count),
+    ("held mean, ms", "held_mean_s", _ms),
     ("retried", "retried", _count),
     ("simulated in, s", "wall_s", _seconds),
     ("virtual over real time", "speed", _count),

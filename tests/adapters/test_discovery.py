@@ -30,6 +30,27 @@ class TestFromConfig:
         first = Replica(A, {"gpu": "h100", "tp": "2"}, 3.0)
         assert told == [Reset("default", (first, Replica(B, {"gpu": "a100", "tp": "2"})))]
 
+    @pytest.mark.parametrize(
+        ("pool_labels", "listed", "drain"),
+        [
+            ({}, {}, False),
+            ({}, {"drain": True}, True),
+            ({}, {"labels": {"drain": "true"}}, True),
+            ({}, {"labels": {"drain": True}}, True),
+            ({}, {"labels": {"drain": "no"}}, False),
+            ({"drain": "true"}, {}, True),
+            ({"drain": "true"}, {"labels": {"drain": "false"}}, False),
+            ({}, {"drain": True, "labels": {"drain": "false"}}, True),
+        ],
+    )
+    async def test_a_drain_is_a_key_or_a_label_which_is_no_label_of_the_hardware(
+        self, pool_labels: dict[str, str], listed: dict[str, object], drain: bool
+    ) -> None:
+        pool = PoolConfig.model_validate({"labels": pool_labels, "replicas": [{"address": A, **listed}]})
+        told: list[Change] = []
+        await from_config(pool).run(told.append)
+        assert told == [Reset("default", (Replica(A, drain=drain),))]
+
     def test_a_discovery_file_is_watched(self, tmp_path: Path) -> None:
         pool = PoolConfig.model_validate({"name": "p", "discovery": {"file": {"path": str(tmp_path / "r.yaml")}}})
         source = from_config(pool)

@@ -76,6 +76,20 @@ class TestEvents:
             assert repr(watch.source) == f"<FileSource p: 2 replicas from {path}, good>"
             assert watch.source.errors == 0
 
+    async def test_a_drain_comes_as_the_replica_anew_and_so_does_its_end(self, tmp_path: Path) -> None:
+        path = tmp_path / "replicas.yaml"
+        replace(path, A, B)
+        drained = Replica(B, {"gpu": "h100"}, drain=True)
+        async with watching(path) as watch:
+            await watch.tells(Reset("p", (member(A), member(B))))
+            await watched_for_sure(
+                watch, lambda: replace(path, A, f"{{address: '{B}', drain: true}}"), Add("p", drained)
+            )
+            replace(path, A, B)
+            await watch.tells(Add("p", member(B)))
+            replace(path, A, f"{{address: '{B}', labels: {{drain: 'true'}}}}")
+            await watch.tells(Add("p", drained))
+
     async def test_writing_in_place_and_appending_are_seen_too(self, tmp_path: Path) -> None:
         path = tmp_path / "replicas.yaml"
         path.write_text(f"- {A}\n")

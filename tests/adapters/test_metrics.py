@@ -9,9 +9,11 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from extproc.adapters.metrics import FleetCollector, RouterMetrics
+from extproc.core.health.states import State
 from extproc.core.router import PoolSettings, Router
 from extproc.core.types import (
     Api,
+    DrainAsked,
     End,
     Outcome,
     Remove,
@@ -138,3 +140,33 @@ def test_no_label_comes_from_a_request(bench: Bench) -> None:
     text = "".join(str(sample.labels) for metric in bench.registry.collect() for sample in metric.samples)
     assert "session-" not in text
     assert "tenant-" not in text
+
+
+# --- health -----------------------------------------------------------------------------------------------------------
+
+
+def test_changes_of_health_are_counted_by_where_they_led_and_why(bench: Bench) -> None:
+    at = {"pool": "p", "replica": FIRST}
+    assert bench.value("health_changes_total", **at, state="ready", reason="answers") == 1
+    bench.router.learn(DrainAsked("p", FIRST, within_s=3.0), 1.0)
+    assert bench.value("health_changes_total", **at, state="draining", reason="notice") == 1
+    assert bench.value("replica_state", **at, state="gone") == 1, "as of now, though nobody has noticed yet"
+    bench.router.expire(5.0)
+    assert bench.value("health_changes_total", **at, state="gone", reason="notice") == 1
+    bench.router.learn(Remove("p", FIRST), 6.0)
+    assert bench.value("health_changes_total", **at, state="gone", reason="notice") is None
+
+
+def test_each_replica_is_in_one_state(bench: Bench) -> None:
+    values = {state: bench.value("replica_state", pool="p", replica=FIRST, state=state) for state in State}
+    assert values == {state: float(state is State.READY) for state in State}
+
+
+def test_requests_sent_though_all_are_out_are_counted(bench: Bench) -> None:
+    bench.route()
+    assert bench.value("failed_open_total", pool="p") is None
+    for replica in (FIRST, SECOND):
+        bench.router.learn(DrainAsked("p", replica), 1.0)
+    decision = bench.route().decision
+    assert decision.reason == "failed_open"
+    assert bench.value("failed_open_total", pool="p") == 1

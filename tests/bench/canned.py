@@ -20,7 +20,15 @@ _BODY = (
     b'{"role":"assistant","content":"It depends on the load."},"finish_reason":"stop"}],"usage":{"prompt_tokens":1024,'
     b'"total_tokens":1030,"completion_tokens":6,"prompt_tokens_details":{"cached_tokens":512}}}'
 )
-COMPLETION = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s" % (len(_BODY), _BODY)
+_LIST = b'{"object":"list","data":[{"id":"bench","object":"model"}]}'
+
+
+def _ok(body: bytes) -> bytes:
+    return b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body)
+
+
+COMPLETION = _ok(_BODY)
+MODELS = _ok(_LIST)
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
 _MAX_TOKENS = re.compile(rb'"max_tokens": *(\d+)')
 
@@ -57,7 +65,7 @@ class Canned(asyncio.Protocol):
 
     def _answer(self, request: bytes) -> None:
         if b'"stream":true' not in request:
-            self._transport.write(COMPLETION)
+            self._transport.write(MODELS if request.startswith(b"GET /v1/models") else COMPLETION)
             return
         found = _MAX_TOKENS.search(request)
         self._transport.write(STREAM_HEAD)

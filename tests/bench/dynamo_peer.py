@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from extproc.sim.cluster import Cluster, Scenario
-from extproc.sim.sidecar import Wiring
+from extproc.sim.sidecar import NO_QUEUE, Wiring
 from extproc.sim.simulate_report import Slo, summary
 from extproc.sim.traces import Trace
 from tests.bench import dynamo_child
@@ -42,8 +42,8 @@ from tests.bench.dynamo_mocker import BLOCK, ENGINE, TRACE_BLOCK, fleet, trace
 OUTPUT: Final = Path("build/dynamo_peer.json")
 VERSION: Final = "1.6.1"
 WORKERS: Final = 8
-WIRING: Final = Wiring(log_flush_interval_s=0.0, progress_interval_s=0.1)
-"""As soon as the access log can tell: Dynamo's router is told at once."""
+WIRING: Final = Wiring(log_flush_interval_s=0.0, progress_interval_s=0.1, queue=NO_QUEUE)
+"""As soon as the access log can tell: Dynamo's router is told at once. Both place every request as it comes."""
 POLICIES: Final = ("round_robin", "dynamo", "predicted")
 MODES: Final = {"round_robin": "round_robin", "dynamo": "kv_router"}
 """Our policy -> Dynamo's mode."""

@@ -163,8 +163,10 @@ def in_process(function: Callable[[In], Out], jobs: Sequence[In]) -> Iterator[Ou
 
 
 @contextmanager
-def pool(processes: int, console: Console) -> Iterator[Mapper[Any, Any]]:
-    """Maps over jobs in several processes, in their order, and shows how far it is."""
+def pool(
+    processes: int, console: Console, stages: Mapping[Callable[..., Any], str] = _STAGES
+) -> Iterator[Mapper[Any, Any]]:
+    """Maps over jobs in several processes, in their order, and shows how far it is. `stages`: what is mapped, and how it is called."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     context = get_context("spawn")  # a fork would depend on what this process has loaded
     with (
@@ -173,7 +175,7 @@ def pool(processes: int, console: Console) -> Iterator[Mapper[Any, Any]]:
     ):
 
         def each(function: Callable[[In], Out], jobs: Sequence[In]) -> Iterator[Out]:
-            task = progress.add_task(_STAGES[function], total=len(jobs))
+            task = progress.add_task(stages[function], total=len(jobs))
             for result in executor.map(function, jobs):
                 progress.advance(task)
                 yield result
@@ -270,12 +272,12 @@ def _say(console: Console, plan: Plan, options: argparse.Namespace) -> None:
 
 def _write(options: argparse.Namespace, document: dict[str, Any]) -> None:
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(_finite(document), indent=1) + "\n")
+    options.output.write_text(json.dumps(finite(document), indent=1) + "\n")
     if options.docs:
         options.docs.write_text(page.markdown(document, command(sys.argv[1:])))
 
 
-def command(arguments: Sequence[str]) -> str:
+def command(arguments: Sequence[str], module: str = "tests.bench.routing") -> str:
     """How to get the same again; folders of this machine are left out."""
     shown, paths = [], {"--traces": "DIR", "--trace": "FILE", "--output": None, "--docs": None, "--jobs": None}
     words = iter(arguments)
@@ -288,16 +290,16 @@ def command(arguments: Sequence[str]) -> str:
             next(words, None)
         if stands := paths[name]:
             shown += [name, stands]
-    return " ".join(["python -m tests.bench.routing", *shown])
+    return " ".join([f"python -m {module}", *shown])
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """Rounded, and what is infinite as null, which JSON has no other word for."""
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    return [_finite(each) for each in value] if isinstance(value, list) else value
+        return {key: finite(each) for key, each in value.items()}
+    return [finite(each) for each in value] if isinstance(value, list) else value
 
 
 if __name__ == "__main__":

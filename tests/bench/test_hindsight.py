@@ -16,7 +16,7 @@ from extproc.sim.cluster import Cluster, Result, Scenario
 from extproc.sim.engine import EngineRequest, _Sequence
 from extproc.sim.fleet_spec import Group, nodes
 from extproc.sim.incidents import checked, incident
-from extproc.sim.sidecar import Wiring
+from extproc.sim.sidecar import NO_QUEUE, Wiring
 from extproc.sim.traces import Generate, Trace, Turn, generate
 from tests.bench.hindsight import Bound, hindsight, unloaded_ttft_s
 from tests.bench.hindsight_fleet import Placement, Problem
@@ -24,7 +24,7 @@ from tests.bench.hindsight_greedy import exact_greedy
 from tests.bench.hindsight_moves import Kinship, Proposer
 from tests.bench.hindsight_replica import Arrival, Replica
 
-UNSEEN = Wiring(scrape_interval_s=1e9, scrape_idle_interval_s=1e9, progress_interval_s=None)
+UNSEEN = Wiring(scrape_interval_s=1e9, scrape_idle_interval_s=1e9, progress_interval_s=None, queue=NO_QUEUE)
 """Nobody looks at a replica while it runs: looking splits sums, which changes their last bits."""
 
 
@@ -115,7 +115,7 @@ def test_with_20_000_tokens_of_cache_sequences_are_preempted_so_that_path_is_com
 
 
 def test_a_cluster_that_looks_at_its_replicas_differs_by_rounding_alone() -> None:
-    result = Cluster(scenario(wiring=Wiring()), "predicted").run()
+    result = Cluster(scenario(wiring=Wiring(queue=NO_QUEUE)), "predicted").run()
     bound = judged(scenario(), assigned(result))
     assert bound.ttft_s == pytest.approx([s.ttft_s for s in sorted(result.served, key=lambda s: s.turn)], abs=1e-9)
 

@@ -543,7 +543,7 @@ def test_the_command_of_the_page_names_no_folder_of_the_machine() -> None:
 
 
 def test_what_is_infinite_becomes_null() -> None:
-    assert routing._finite({"a": [math.inf, 1 / 3], "b": 2}) == {"a": [None, 0.333333], "b": 2}
+    assert routing.finite({"a": [math.inf, 1 / 3], "b": 2}) == {"a": [None, 0.333333], "b": 2}
 
 
 def test_a_sample_of_the_product_is_the_same_each_time_and_fair_to_traces() -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from random import Random
 from typing import Any
 
+from extproc.core.admission.settings import QueueSettings
 from extproc.core.fleet import Member
 from extproc.core.flights import Flight
 from extproc.core.observers import Ended, Observer, Quiet
@@ -103,10 +104,12 @@ def router(
     scraped: bool = False,
     flight_ttl_s: float = 120.0,
     now: float = 0.0,
+    queue: QueueSettings = QueueSettings(enabled=False),  # noqa: B008  # nobody changes it
+    max_flights: int = 100_000,
 ) -> Router:
-    """A router of one pool. Without scrapes, members are ready at once."""
-    pool = PoolSettings(POOL, policy=policy, policy_options=options or {}, scraped=scraped)
-    made = Router([pool], Random(seed), observer, flight_ttl_s)
+    """A router of one pool. Without scrapes, members are ready at once; nothing is held unless `queue` says so."""
+    pool = PoolSettings(POOL, policy=policy, policy_options=options or {}, scraped=scraped, queue=queue)
+    made = Router([pool], Random(seed), observer, flight_ttl_s, max_flights)
     made.learn(Reset(POOL, replicas(members) if isinstance(members, int) else tuple(members)), now)
     return made
 

@@ -4,10 +4,14 @@ import math
 
 import pytest
 
-from extproc.core.fleet import SUSPECT_S, Fleet, Member, Readiness
+from extproc.core.fleet import Fleet, Member
+from extproc.core.health.settings import HealthSettings
+from extproc.core.health.states import Reason, State
 from extproc.core.types import Add, Remove, Replica, Reset, Sample, ScrapeFailure
 
-from .support import A100, H100, POOL, address, flight, replicas
+from .support import A100, H100, POOL, address, fill, flight, put, replicas
+
+SETTINGS = HealthSettings()
 
 
 def fleet(n: int = 3, *, scraped: bool = True) -> Fleet:
@@ -70,51 +74,141 @@ def test_a_replica_that_left_and_came_back_starts_anew() -> None:
     assert at(made, 0).joined_at == 2.0
 
 
-# --- readiness --------------------------------------------------------------------------------------------------------
+# --- who may be chosen ------------------------------------------------------------------------------------------------
 
 
 def test_a_replica_never_sampled_is_not_ready_where_samples_are_expected() -> None:
     made = fleet(1)
-    assert at(made, 0).readiness(0.0) is Readiness.UNSAMPLED
+    assert at(made, 0).state(0.0) is State.STARTING
     at(made, 0).sampled(Sample(), 1.0)
-    assert at(made, 0).readiness(1.0) is Readiness.READY
-    assert at(fleet(1, scraped=False), 0).readiness(0.0) is Readiness.READY
+    assert at(made, 0).state(1.0) is State.READY
+    assert at(fleet(1, scraped=False), 0).state(0.0) is State.READY
 
 
-def test_a_refused_scrape_says_down_and_a_late_one_does_not() -> None:
+def test_a_refused_scrape_says_open_and_a_late_one_does_not() -> None:
     one = at(fleet(1), 0)
     one.sampled(Sample(), 1.0)
-    one.not_sampled(ScrapeFailure.LATE)
-    assert (one.readiness(1.0), one.late_scrapes) == (Readiness.READY, 1)
-    one.not_sampled(ScrapeFailure.REFUSED)
-    assert one.readiness(1.0) is Readiness.DOWN
-    one.sampled(Sample(), 2.0)
-    assert (one.readiness(2.0), one.late_scrapes) == (Readiness.READY, 0)
+    one.not_sampled(ScrapeFailure.LATE, 1.0)
+    assert (one.state(1.0), one.late_scrapes) == (State.READY, 1)
+    one.not_sampled(ScrapeFailure.REFUSED, 1.0)
+    assert one.health.why(1.0) == (State.OPEN, Reason.REFUSED, 1.0)
+    assert one.state(1000.0) is State.OPEN
+    one.sampled(Sample(), 1002.0)
+    assert one.health.why(1002.0) == (State.SLOW_STARTING, Reason.RESTARTED, 1002.0)
+    assert (one.state(1002.0 + SETTINGS.slow_start_s), one.late_scrapes) == (State.READY, 0)
 
 
 def test_a_failed_request_makes_suspect_until_time_a_scrape_or_an_answer_clears_it() -> None:
     one = at(fleet(1, scraped=False), 0)
     one.failed(10.0)
-    assert one.readiness(10.0 + SUSPECT_S - 0.01) is Readiness.SUSPECT
-    assert one.readiness(10.0 + SUSPECT_S) is Readiness.READY
+    assert one.state(10.0 + SETTINGS.suspect_s - 0.01) is State.SUSPECT
+    assert one.state(10.0 + SETTINGS.suspect_s) is State.READY
+    one.answered(1.0, 15.0)
     one.failed(20.0)
     one.sampled(Sample(), 20.5)
-    assert one.readiness(20.5) is Readiness.READY
+    assert one.state(20.5) is State.READY
+    one.answered(1.0, 25.0)
     one.failed(30.0)
     one.answered(1.0, 30.5)
-    assert one.readiness(30.5) is Readiness.READY
+    assert one.state(30.5) is State.READY
 
 
-def test_candidates_are_the_ready_ones_then_the_unsampled_then_everyone() -> None:
+def test_candidates_are_the_ready_ones_then_the_starting_then_the_least_bad() -> None:
     made = fleet(3)
     assert names(made.candidates(0.0)) == [address(0), address(1), address(2)]
     at(made, 1).sampled(Sample(), 0.0)
     assert names(made.candidates(0.0)) == [address(1)]
     at(made, 1).failed(0.0)
     assert names(made.candidates(0.0)) == [address(0), address(2)]
-    at(made, 0).not_sampled(ScrapeFailure.REFUSED)
-    at(made, 2).not_sampled(ScrapeFailure.REFUSED)
-    assert sorted(names(made.candidates(0.0))) == [address(0), address(1), address(2)]
+    assert not any(m.health.passed_over(0.0) for m in made.candidates(0.0))
+    at(made, 0).not_sampled(ScrapeFailure.REFUSED, 0.0)
+    at(made, 2).not_sampled(ScrapeFailure.REFUSED, 0.0)
+    assert names(made.candidates(0.0)) == [address(1)]
+    assert all(m.health.passed_over(0.0) for m in made.candidates(0.0))
+    assert not made.absent(0.0)
+    at(made, 1).not_sampled(ScrapeFailure.REFUSED, 0.0)
+    assert names(made.candidates(0.0)) == [address(0), address(1), address(2)]
+    assert made.absent(0.0)
+
+
+def test_of_those_that_are_out_the_least_bad_goes_first_and_the_gone_never() -> None:
+    """Each is worse than the one before; the last is gone, and is never chosen."""
+    made = fleet(6, scraped=False)
+    suspect, opened, draining, hung, refused, gone = made.members
+    suspect.failed(0.0)
+    for _ in range(3):
+        opened.failed(0.0)
+    draining.health.drain(None, 0.0)
+    hung.health.silent_for(SETTINGS.hang_s, 0.0)
+    refused.not_sampled(ScrapeFailure.REFUSED, 0.0)
+    gone.health.drain(0.0, 0.0)
+    worse = list(made.members)
+    while worse:
+        best = worse.pop(0)
+        assert made.candidates(0.0) == ([] if best is gone else [best])
+        made.apply(Remove(POOL, best.address), 0.0)
+        made.candidates(0.0)
+
+
+@pytest.mark.parametrize("drain", [Replica(address(0), {"drain": "true"}), Replica(address(0), drain=True)])
+def test_what_discovery_wants_drained_gets_nothing_while_others_are_there(drain: Replica) -> None:
+    made = fleet(2, scraped=False)
+    learned = at(made, 0).speed
+    made.apply(Add(POOL, Replica(address(0), {**H100, **drain.labels}, drain=drain.drain)), 1.0)
+    assert at(made, 0).health.why(1.0) == (State.DRAINING, Reason.ASKED, 1.0)
+    assert at(made, 0).speed is learned, "a drain is not other hardware"
+    assert names(made.candidates(1.0)) == [address(1)]
+    made.apply(Remove(POOL, address(1)), 2.0)
+    assert names(made.candidates(2.0)) == [address(0)]
+    made.apply(Add(POOL, Replica(address(0), H100)), 3.0)
+    assert not made.candidates(3.0)[0].health.passed_over(3.0)
+
+
+def test_members_that_join_at_once_are_not_new_to_each_other() -> None:
+    made = fleet(3)
+    at(made, 0).sampled(Sample(), 0.1)
+    at(made, 1).sampled(Sample(), SETTINGS.slow_start_s - 0.1)
+    assert [at(made, i).state(SETTINGS.slow_start_s) for i in range(3)] == [State.READY, State.READY, State.STARTING]
+    at(made, 2).sampled(Sample(), 300.0)
+    assert at(made, 2).health.why(300.0) == (State.SLOW_STARTING, Reason.JOINED, 300.0)
+
+
+def test_the_share_of_a_new_replica_grows() -> None:
+    made = fleet(2)
+    old = at(made, 0)
+    old.sampled(Sample(), 0.0)
+    fill(old, 10)
+    made.apply(Add(POOL, replicas(3)[2]), 100.0)
+    new = at(made, 2)
+    new.sampled(Sample(), 100.0)
+    counts = []
+    for now in (100.0, 102.0, 105.0, 109.0, 110.0):
+        while new in made.candidates(now) and len(new.load) < 20:
+            put(new, f"new-{len(new.load)}", now)
+        counts.append(len(new.load))
+    assert counts == [1, 2, 5, 9, 20]  # one at once, then its share of the ten that the other has, then what it likes
+
+
+def test_where_all_start_slowly_nobody_is_held_back() -> None:
+    made = fleet(2, scraped=False)
+    made.apply(Reset(POOL, replicas(4)[2:]), 100.0)
+    fill(at(made, 2), 50)
+    assert [m.state(100.0) for m in made.members] == [State.SLOW_STARTING] * 2
+    assert names(made.candidates(100.0)) == [address(2), address(3)]
+
+
+def test_one_request_at_a_time_is_on_trial() -> None:
+    made = fleet(2, scraped=False)
+    bad = at(made, 0)
+    for _ in range(3):
+        bad.failed(0.0)
+    assert names(made.candidates(0.5)) == [address(1)]
+    now = SETTINGS.open_s
+    assert names(made.candidates(now)) == [address(0), address(1)]
+    bad.health.tried("a", now)
+    assert names(made.candidates(now)) == [address(1)]
+    bad.health.released("a")
+    assert names(made.candidates(now)) == [address(0), address(1)]
 
 
 def test_a_subset_restricts_by_address_or_by_host() -> None:
@@ -148,7 +242,7 @@ def test_a_counter_that_went_back_is_a_restart() -> None:
 def test_a_process_that_was_gone_lost_its_cache_however_much_it_has_done_since() -> None:
     one = at(fleet(1), 0)
     one.sampled(Sample(prompt_tokens=100.0), 0.0)
-    one.not_sampled(ScrapeFailure.REFUSED)
+    one.not_sampled(ScrapeFailure.REFUSED, 1.0)
     assert one.sampled(Sample(prompt_tokens=5000.0), 60.0) is True
     assert one.sampled(Sample(prompt_tokens=5001.0), 61.0) is False
 
@@ -205,10 +299,10 @@ def test_latency_is_a_moving_average() -> None:
 
 def test_repr_is_a_status_line() -> None:
     made = fleet(1)
-    assert repr(made) == "<fleet [<member 10.0.0.1:8000 0 in flight, never sampled>]>"
+    assert repr(made) == "<fleet [<member 10.0.0.1:8000 starting by joined, 0 in flight, never sampled>]>"
     at(made, 0).sampled(Sample(), 1.5)
-    at(made, 0).not_sampled(ScrapeFailure.REFUSED)
-    assert repr(at(made, 0)) == "<member 10.0.0.1:8000 0 in flight, sampled at 1.500, down>"
+    at(made, 0).not_sampled(ScrapeFailure.REFUSED, 2.0)
+    assert repr(at(made, 0)) == "<member 10.0.0.1:8000 open by refused, 0 in flight, sampled at 1.500>"
 
 
 def test_the_share_of_the_cache_that_is_ours_settles_where_predictions_come_true() -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from extproc.core.fleet import SUSPECT_S, Readiness
+from extproc.core.health.settings import HealthSettings
+from extproc.core.health.states import State
 from extproc.core.observers import Several
 from extproc.core.router import SILENT_S, PoolSettings, Router
 from extproc.core.types import (
@@ -267,10 +268,10 @@ def test_served_elsewhere_moves_the_prefix_and_passes_over_the_first_choice_for_
     assert log.ends[0].moved
     assert held(made, i) == 0
     assert held(made, j) > 0
-    assert member(made, i).readiness(11.0) is Readiness.SUSPECT
-    assert member(made, j).readiness(11.0) is Readiness.READY
-    assert chosen(made, request(), 11.0 + SUSPECT_S - 0.01) == second
-    assert member(made, i).readiness(11.0 + SUSPECT_S) is Readiness.READY
+    assert member(made, i).state(11.0) is State.SUSPECT
+    assert member(made, j).state(11.0) is State.READY
+    assert chosen(made, request(), 11.0 + HealthSettings().suspect_s - 0.01) == second
+    assert member(made, i).state(11.0 + HealthSettings().suspect_s) is State.READY
 
 
 def test_a_failed_retry_passes_over_both() -> None:
@@ -292,16 +293,16 @@ def test_a_failed_retry_passes_over_both() -> None:
 def test_what_is_not_the_replicas_fault_does_not_pass_it_over(outcome: Outcome) -> None:
     made = router(1)
     made.finish(route(made, request(PROMPT)).flight, outcome, 1.0)
-    assert member(made, 0).readiness(1.0) is Readiness.READY
+    assert member(made, 0).state(1.0) is State.READY
 
 
 @pytest.mark.parametrize("outcome", [Outcome(End.UPSTREAM_ERROR, 500, address(0)), Outcome(End.UNREACHABLE, 503)])
 def test_a_failed_request_passes_its_replica_over_until_a_scrape_answers(outcome: Outcome) -> None:
     made = router(1)
     made.finish(route(made, request(PROMPT)).flight, outcome, 1.0)
-    assert member(made, 0).readiness(1.0) is Readiness.SUSPECT
+    assert member(made, 0).state(1.0) is State.SUSPECT
     sample(made, 0, now=1.5, running=0)
-    assert member(made, 0).readiness(1.5) is Readiness.READY
+    assert member(made, 0).state(1.5) is State.READY
 
 
 def test_served_by_a_replica_that_left_meanwhile_is_no_member_again() -> None:

@@ -60,10 +60,12 @@ class Scene:
 
 
 @asynccontextmanager
-async def apart(directory: Path, **sections: Json) -> AsyncIterator[Scene]:
-    """Started; at the end its log is checked for mistakes of ours."""
-    async with replica() as a, replica() as b, client() as http:
-        config = configured(directory, {"replicas": [a.address, b.address]}, **sections)
+async def apart(
+    directory: Path, *, pool: Json | None = None, spec: Json | None = None, **sections: Any
+) -> AsyncIterator[Scene]:
+    """Started; at the end its log is checked for mistakes of ours. `pool` adds to the settings of the pool, `spec` to the replicas."""
+    async with replica(**(spec or {})) as a, replica(**(spec or {})) as b, client() as http:
+        config = configured(directory, {"replicas": [a.address, b.address], **(pool or {})}, **sections)
         endpoints.create_if_missing(config)
         async with Served(config) as served:
             yield Scene(config, served, http)

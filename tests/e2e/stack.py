@@ -25,7 +25,7 @@ import yaml
 from extproc.adapters.recorder import Record
 from extproc.app import App
 from extproc.config import Config, parse
-from extproc.core.fleet import Readiness
+from extproc.core.health.states import State
 from extproc.envoy import bootstrap, endpoints, names
 from extproc.sim.backend import Backend as Replica
 from extproc.sim.backend import BackendSpec
@@ -176,8 +176,7 @@ def all_ready(app: App) -> bool:
     """Whether every member has been sampled and says what it serves, where it is asked."""
     now = time.monotonic()
     return app.not_ready() is None and all(
-        member.readiness(now) is Readiness.READY and (member.models or not member.scraped)
-        for _, member in app.router.members()
+        member.state(now) is State.READY and (member.models or not member.scraped) for _, member in app.router.members()
     )
 
 

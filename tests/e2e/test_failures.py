@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from extproc.core.fleet import Readiness
+from extproc.core.health.states import State
 from extproc.core.types import End
 from tests.e2e.stack import chat, gathered, replica, stack
 from tests.support.waiting import until
@@ -35,7 +35,10 @@ async def test_a_dead_first_choice_is_served_by_the_alternate_and_avoided(tmp_pa
             assert running.metric("extproc_moved_total", pool="default") == 1
             member = running.app.router.pools["default"].fleet.get(dead.address)
             assert member is not None
-            assert member.readiness(time.monotonic()) is Readiness.SUSPECT
+            assert member.state(time.monotonic()) in (
+                State.SUSPECT,
+                State.OPEN,
+            )  # the check that it brings on may be in already
             assert await running.served(prompt) == alive.address
             record = await running.ended()
             assert record.decision.endpoints == (alive.address,)
@@ -52,11 +55,11 @@ async def test_a_killed_replica_loses_no_new_request_and_returns(tmp_path: Path)
             assert set(served) == {a.address, c.address}
             member = running.app.router.pools["default"].fleet.get(b.address)
             assert member is not None
-            await until(lambda: member.readiness(time.monotonic()) is Readiness.DOWN)
+            await until(lambda: member.health.unreachable(time.monotonic()))
             # Envoy is told too: by its own choice it would not go there, were extproc gone.
             await until(lambda: unhealthy(running.config.envoy.endpoints_file, b.port))
             async with replica(port=b.port):
-                await until(lambda: member.readiness(time.monotonic()) is Readiness.READY)
+                await until(lambda: member.state(time.monotonic()) is State.SLOW_STARTING)
                 served = await gathered(12, lambda i: running.served(chat(f"{i} " * 50)))
                 assert set(served) == {a.address, b.address, c.address}
 
@@ -126,3 +129,17 @@ async def session_of(address: str, served: object) -> str:
         if await served(chat(), headers={"x-session-id": f"s{i}"}) == address:  # type: ignore[operator]
             return f"s{i}"
     raise AssertionError(f"no session in 64 goes to {address}")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_replica_that_shuts_down_costs_no_request(tmp_path: Path, stream: bool) -> None:
+    """vLLM 0.32 then answers 500 to what is new, and 200 to every check."""
+    async with replica() as a, replica() as b, stack(tmp_path, {"replicas": [a.address, b.address]}) as running:
+        prompt = chat("The same for all. " * 200, stream=stream)
+        home = await running.served(prompt)
+        await running.settled()
+        going, staying = (a, b) if home == a.address else (b, a)
+        going.fail_with = 500
+        served = await gathered(10, lambda i: running.served(chat(f"{i} The same for all. " * 200, stream=stream)))
+        assert set(served) == {staying.address}
+        assert await running.served(prompt) == staying.address

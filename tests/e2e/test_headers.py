@@ -80,7 +80,7 @@ async def test_a_path_that_is_not_read_is_not_steered_either(scene: Scene) -> No
 
 
 async def test_control_and_private_headers_stop_before_the_replica(scene: Scene) -> None:
-    ours = dict.fromkeys((*names.CONTROL_HEADERS, *names.PRIVATE_HEADERS), "7")
+    ours = dict.fromkeys((*names.CONTROL_HEADERS, *names.PRIVATE_HEADERS), "60000")
     theirs = {"authorization": "Bearer k", "x-api-key": "k2", "x-request-id": "r-1", "x-trace": "t"}
     served = await scene.running.served(headers={**ours, **theirs})
     received = next(m for m in scene.members if m.address == served).received[-1]

@@ -176,3 +176,15 @@ def test_usage_is_unknown_unless_a_number_came() -> None:
 
 def test_the_fixtures_are_of_the_replicas_that_record_them() -> None:
     assert (USAGE["prompt_tokens"], USAGE["completion_tokens"]) == (USED.prompt_tokens, USED.completion_tokens)
+
+
+@pytest.mark.parametrize(
+    ("flags", "end"),
+    [((), End.UPSTREAM_ERROR), (("downstream_connection_termination",), End.CLIENT_GONE)],
+    ids=["whole", "client gone"],
+)
+def test_a_response_that_failed_under_200_is_an_error_of_the_replica(flags: tuple[str, ...], end: End) -> None:
+    """An engine also aborts what it generates for a client that left."""
+    reading = read_entry(LogEntry("f", status=200, flags=flags, broken=True))
+    assert isinstance(reading, Finished)
+    assert (reading.outcome.end, reading.outcome.broken) == (end, True)

@@ -121,7 +121,9 @@ async def test_a_refusal_keeps_its_status_body_and_headers(tmp_path: Path) -> No
     error = b'{"error": {"message": "m", "type": "t", "param": null, "code": null}}'
     mutation = {"set_headers": [_header("retry-after", "2"), _header("content-type", "application/json")]}
     refusal = ext_proc.ProcessingResponse(
-        immediate_response=ext_proc.ImmediateResponse(status={"code": 429}, headers=mutation, body=error)
+        immediate_response=ext_proc.ImmediateResponse(
+            status={"code": 429}, headers=mutation, body=error, details=names.REFUSED_DETAILS
+        )
     )
     config = steering.config(tmp_path, response_headers=True)
     async with (
@@ -234,7 +236,7 @@ async def healthy(envoy: EnvoyProcess, count: int) -> bool:
     return (await envoy.stats(name))[name] == count
 
 
-@pytest.mark.parametrize(("fail_open", "status"), [(True, 200), (False, 500)])
+@pytest.mark.parametrize(("fail_open", "status"), [(True, 200), (False, 503)])
 async def test_without_extproc(tmp_path: Path, fail_open: bool, status: int) -> None:
     async with Backend() as a:
         config = steering.config(tmp_path, a.address, fail_open=fail_open)

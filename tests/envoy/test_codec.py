@@ -267,11 +267,14 @@ def test_without_a_note_the_connection_tells_who_served(host: str, port: int, se
     assert logged(entry(upstream_remote_address=address)).served == served
 
 
-def test_a_note_on_who_served_wins() -> None:
-    made = entry(upstream_remote_address={"socket_address": {"address": "10.0.0.1", "port_value": 1}})
+def test_the_connection_tells_who_served_before_a_note_of_who_was_asked() -> None:
+    made = entry()
     key = "x-gateway-destination-endpoint-served"
     made.common_properties.metadata.filter_metadata["envoy.lb"].update({key: "10.0.0.2:2"})
     assert logged(made).served == "10.0.0.2:2"
+    made.common_properties.upstream_remote_address.socket_address.address = "10.0.0.1"
+    made.common_properties.upstream_remote_address.socket_address.port_value = 1
+    assert logged(made).served == "10.0.0.1:1"
 
 
 @pytest.mark.parametrize(
@@ -299,3 +302,34 @@ def test_an_entry_without_our_flight() -> None:
 def test_an_unreadable_access_log_message() -> None:
     with pytest.raises(codec.Unreadable):
         codec.log_entries(b"\xff")
+
+
+# --- patience, and failures under 200 -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("patience_s", "sent"), [(None, None), (12.3456, b"12346"), (0.0001, b"1")], ids=["none", "rounded", "not zero"]
+)
+def test_patience_goes_as_a_header_in_milliseconds(patience_s: float | None, sent: bytes | None) -> None:
+    message = answered(SetDestination(Part.BODY, Steer("f", "10.0.0.1:80", patience_s=patience_s)))
+    headers = {h.header.key: h.header.raw_value for h in message.request_body.response.header_mutation.set_headers}
+    assert headers.get("x-envoy-upstream-rq-per-try-timeout-ms") == sent
+
+
+def test_a_gateway_of_others_is_not_told_of_patience() -> None:
+    """It may try no other replica, and then the end of patience is an error for the client."""
+    message = answered(SetDestination(Part.HEADERS, Steer("f", "10.0.0.1:80", patience_s=5.0), in_header=True))
+    keys = [h.header.key for h in message.request_headers.response.header_mutation.set_headers]
+    assert keys == ["x-gateway-destination-endpoint"]
+
+
+@pytest.mark.parametrize(("value", "broken"), [(True, True), (False, False), ("true", False), (None, False)])
+def test_a_failure_under_200_is_read(value: Any, broken: bool) -> None:
+    entry = HTTPAccessLogEntry()
+    metadata = entry.common_properties.metadata.filter_metadata
+    metadata["extproc"].update({"flight": "f1"})
+    metadata["extproc.usage"].update({"prompt_tokens": 3, "broken": value})
+    message = StreamAccessLogsMessage()
+    message.http_logs.log_entry.append(entry)
+    [read] = codec.log_entries(message.SerializeToString())
+    assert (read.broken, read.prompt_tokens) == (broken, 3)

@@ -117,7 +117,7 @@ def test_the_subset_hint_goes_on(subset: frozenset[str] | None) -> None:
 
 def test_the_headers_asked_for() -> None:
     headers = Intake(FakeRouter(), configured(tenant_header="X-Key", session_header="X-S")).headers
-    assert headers == {"x-key", "x-s", "x-request-priority"}
+    assert headers == {"x-key", "x-s", "x-request-priority", "x-slo-ttft-ms"}
 
 
 # --- what comes back --------------------------------------------------------------------------------------------------
@@ -192,3 +192,17 @@ def test_the_rules_for_streams() -> None:
     assert rules.reads(POST)
     assert not rules.reads(Head("POST", "/tokenize"))
     assert not rules.reads(Head("GET", CHAT))
+
+
+@pytest.mark.parametrize(
+    ("envoy", "patience_s"),
+    [({}, 7.0), ({"retries": 0}, None), ({"retry_resets": False}, None)],
+    ids=["default", "no retries", "no resets"],
+)
+def test_patience_ends_only_where_another_replica_is_asked(envoy: dict[str, Any], patience_s: float | None) -> None:
+    whole = configured()
+    config = whole.model_copy(update={"envoy": whole.envoy.model_copy(update=envoy)})
+    router = FakeRouter([replace(route(1, 2), patience_s=7.0)])
+    answer = Intake(router, config).decide(POST, prompt(5), 0.0)
+    assert isinstance(answer, Steer)
+    assert answer.patience_s == patience_s

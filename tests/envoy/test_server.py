@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from extproc.core.types import End, Refusal, Reject, Request, Verdict
-from extproc.envoy.exchange import Answer, Head, Steer
+from extproc.envoy.exchange import Answer, Data, Head, Steer
 from extproc.envoy.intake import FakeRouter, Intake
 from extproc.envoy.server import COMPLAINT_INTERVAL_S, Complaints, Server
 from tests.envoy.client import ENDED, Stream, body, channel, headers, log_stream
@@ -104,7 +104,10 @@ async def test_a_large_body_is_not_cut_by_grpc_defaults() -> None:
     async with serving(limit=8 << 20) as at:
         stream = at.stream()
         await stream.ask(headers(CHAT))
-        answer = await stream.ask(body(prompt(6 << 20)))
+        first = await stream.ask(body(prompt(6 << 20)))
+        assert first is not None
+        assert first.override_message_timeout.seconds == 45
+        answer = await stream.ask()
         assert answer is not None
         assert answer.WhichOneof("response") == "request_body"
 
@@ -160,7 +163,7 @@ async def test_a_proxy_that_leaves_early_leaves_nothing_behind() -> None:
 
 async def test_an_answer_that_cannot_be_written_abandons_its_flight() -> None:
     class Unwritable(Intake):
-        def decide(self, head: Head, body: bytes | None, now: float, rewritable: bool = False) -> Answer:
+        def decide(self, head: Head, body: Data | None, now: float, rewritable: bool = False) -> Answer:
             super().decide(head, body, now, rewritable)
             return Steer("f1", None)  # type: ignore[arg-type]
 
@@ -181,7 +184,10 @@ async def test_full_duplex_gives_back_every_byte() -> None:
         stream, data = at.stream(), prompt(200_000)
         await stream.send(headers(CHAT, mode=4).SerializeToString())
         await stream.send(body(data[:70_000], end=False).SerializeToString())
-        first = await stream.ask(body(data[70_000:]))
+        asked = await stream.ask(body(data[70_000:]))
+        assert asked is not None
+        assert asked.HasField("override_message_timeout")
+        first = await stream.ask()
         assert first is not None
         assert first.WhichOneof("response") == "request_headers"
         pieces = []

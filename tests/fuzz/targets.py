@@ -146,7 +146,7 @@ class _Run:
     def _decided(self, command: Decide) -> list[Command]:
         asked: list[Command] = list(self._exchange.on(Delayed(1.0)))
         before = self._router.in_flight
-        answer = self._intake.decide(command.head, command.body, 1.0, command.rewritable)
+        answer = self._intake.decide(command.head, _bytes(command.body), 1.0, command.rewritable)
         assert not isinstance(answer, Hold), "an idle fleet holds nothing"
         self.opened += self._router.in_flight - before
         return [*asked, *self._exchange.on(Decided(answer))]
@@ -189,6 +189,10 @@ def _headers(feed: Iterator[int], mode: Mode) -> HeadersArrived:
     subset = frozenset({"127.0.0.1:1"}) if flags & 64 else None
     head = Head("POST", PATHS[flags % len(PATHS)], lengths[flags // 8 % 4], values, subset)
     return HeadersArrived(head, end_of_stream=flags & 32 > 0, mode=mode, duplex_response=flags & 128 > 0)
+
+
+def _bytes(body: bytes | memoryview | None) -> bytes | None:
+    return None if body is None else bytes(body)
 
 
 def _piece(feed: Iterator[int]) -> bytes:

@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from extproc.core.types import Api, Request
+from extproc.openai.body import Change
 from extproc.openai.errors import BadRequest, of_bad_request
 from extproc.openai.prompt import MEDIA_BYTES
-from extproc.openai.requests import MAX_SAMPLES, MAX_SESSION, Parsed, is_read, read, with_usage
+from extproc.openai.reading import Task, perform
+from extproc.openai.requests import MAX_SAMPLES, MAX_SESSION, Limits, Parsed, is_read, read, with_usage
 from tests.openai.samples import sample
 
 CHAT = "/v1/chat/completions"
@@ -396,3 +398,56 @@ def test_of_any_body_only_the_options_change(more: Any, options: Any, indent: in
         assert "NaN" in json.dumps(more)
     else:
         assert repr(json.loads(changed)) == repr({**given_body, "stream_options": {"include_usage": True}})
+
+
+# --- bounds -----------------------------------------------------------------------------------------------------------
+
+
+def nested(levels: int, opening: str = "[", closing: str = "]") -> bytes:
+    """A body whose deepest place is so many levels down."""
+    return b'{"model":"m","messages":[],"x":%s}' % (opening * (levels - 1) + closing * (levels - 1)).encode()
+
+
+@pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":[', "]}")])
+def test_depth_is_bounded(opening: str, closing: str) -> None:
+    levels = 65 if opening == "[" else 33  # the second nests by two
+    limits = Limits(max_depth=65)
+    assert isinstance(read("POST", CHAT, nested(levels, opening, closing), limits=limits), Parsed)
+    bad = read("POST", CHAT, nested(levels + 1, opening, closing), limits=limits)
+    assert bad == BadRequest("There was an error parsing the body: it nests deeper than 65 levels", "Bad Request")
+
+
+@pytest.mark.parametrize("levels", [900, 5_000, 300_000])
+def test_whatever_the_parser_does_with_depth_it_is_refused(levels: int) -> None:
+    assert refused(CHAT, nested(levels)).message.startswith("There was an error parsing the body")
+
+
+def test_brackets_are_no_depth() -> None:
+    wide = b'{"model":"m","messages":[%s],"x":"%s"}' % (b'{"role":"user","content":"{[{["},' * 500, b"[" * 500)
+    assert isinstance(read("POST", CHAT, wide.replace(b",]", b"]"), limits=Limits(max_depth=8)), Parsed)
+
+
+def test_the_chain_of_a_prompt_ends_at_the_limit() -> None:
+    body = json.dumps({**HELLO, "messages": [{"role": "user", "content": "x" * 20_000}]}).encode()
+    whole = parsed(CHAT, body).request.blocks
+    cut = read("POST", CHAT, body, limits=Limits(max_blocks=16))
+    assert isinstance(cut, Parsed)
+    assert (cut.request.blocks.hashes, cut.request.blocks.ends) == (whole.hashes[:16], whole.ends[:16])
+    assert cut.request.prompt_bytes == parsed(CHAT, body).request.prompt_bytes
+
+
+# --- reading as a value -----------------------------------------------------------------------------------------------
+
+
+def test_the_change_is_small_and_does_what_with_usage_does() -> None:
+    body = b'{"stream_options":null,%s}' % STREAM
+    done = perform(Task("POST", CHAT, Limits(), wants_usage=True), body)
+    assert isinstance(done.result, Parsed)
+    assert done.usage == Change(18, 22, b'{"include_usage":true}')
+    assert done.usage.apply(memoryview(body)) == with_usage(done.result, body)
+
+
+def test_no_change_is_looked_for_unless_it_is_wanted() -> None:
+    body = b"{%s}" % STREAM
+    assert perform(Task("POST", CHAT, Limits()), body).usage is None
+    assert perform(Task("POST", CHAT, Limits(), wants_usage=True), b"{").usage is None

@@ -8,12 +8,12 @@ from statistics import pstdev
 import pytest
 
 from extproc.config import ConfigError
-from extproc.core.types import End
+from extproc.core.types import End, Refusal
 from extproc.sim.cluster import IDLE_TIMEOUT_S, Cluster, Result, Scenario, Served
 from extproc.sim.fleet_spec import Group, nodes
 from extproc.sim.incidents import IncidentError, checked, incident
 from extproc.sim.node import NodeSpec
-from extproc.sim.sidecar import POOL, Wiring
+from extproc.sim.sidecar import NO_QUEUE, POOL, Wiring
 from extproc.sim.simulate_report import digest
 from extproc.sim.traces import Generate, Trace, Turn, generate
 
@@ -230,10 +230,24 @@ def test_predicted_leaves_a_slow_replica_alone() -> None:
     assert share("0:1:slows=8") < 0.5 * share()
 
 
-def test_with_nobody_there_requests_fail_at_once() -> None:
-    result = run(steady(10), policy="round_robin", incidents=("0:1:dies", "0:2:dies", "0:3:dies"))
-    later = {(s.end, s.status, s.attempts) for s in result.served if s.arrived_s > 0}
-    assert later == {(End.UNREACHABLE, 503, 3)}
+ALL_DIE = ("0:1:dies", "0:2:dies", "0:3:dies")
+
+
+def test_with_nobody_there_and_no_queue_requests_fail_at_once() -> None:
+    result = run(steady(10), policy="round_robin", incidents=ALL_DIE, wiring=Wiring(queue=NO_QUEUE))
+    later = {(s.end, s.status, s.attempts, s.e2e_s) for s in result.served if s.arrived_s > 0}
+    assert later == {(End.UNREACHABLE, 503, 3, 0.0)}
+
+
+def test_with_nobody_there_requests_wait_for_somebody_and_not_for_ever() -> None:
+    wiring = Wiring()
+    result = run(steady(10, every_s=5.0), incidents=ALL_DIE, wiring=wiring)
+    later = [s for s in by_turn(result) if s.arrived_s > 5]
+    assert {(s.refusal, s.status) for s in later} == {(Refusal.ABSENT, 503)}
+    assert [s.held_s for s in later] == pytest.approx([wiring.queue.absent_wait_s] * len(later), abs=0.01)
+    back = by_turn(run(steady(10, every_s=5.0), incidents=(*ALL_DIE, "33:2:joins"), wiring=wiring))
+    assert {s.end for s in back if s.arrived_s > 25} == {End.OK}
+    assert all(s.held_s for s in back if 25 < s.arrived_s < 33)
 
 
 def test_a_prompt_beyond_the_cache_is_refused_by_the_replica() -> None:

@@ -96,6 +96,42 @@ def test_every_policy_runs_at_each_of_several_loads(speed_ups: tuple[str, ...], 
     assert rows == {(speed_up, policy): 40 for speed_up in (1, 2, 4) for policy in ("random", "round_robin")}
 
 
+CROWD = ("--generate", "sessions=400,sessions_per_s=40,turns=1,user_tokens=4000,tenants=1", "--replica", "count=1")
+
+
+def test_the_queue_is_on_unless_it_is_told_not_to_be(tmp_path: Path) -> None:
+    options, out = (*CROWD, "--policy", "predicted"), tmp_path / "out.json"
+    held, placed = (runs_of(*options, *more, path=out)["predicted"] for more in ((), ("--no-queue",)))
+    assert held["held"] > 100
+    assert held["held_mean_s"] > 0.5
+    assert (placed["held"], placed["held_mean_s"], placed["refused"]) == (0, None, 0)
+    assert sum(held["refusals"].values()) == held["refused"] == held["requests"] - sum(held["ends"].values())
+    assert held["failed"] == 0
+
+
+def test_priorities_have_lines_of_their_own(tmp_path: Path) -> None:
+    options = (*CROWD, "--policy", "predicted", "--priority", 0.2)
+    classes = runs_of(*options, path=tmp_path / "out.json")["predicted"]["priorities"]
+    assert list(classes) == ["1", "0"]
+    assert 40 < classes["1"]["requests"] < 130
+    assert classes["1"]["ttft_p50_s"] < 0.5 * classes["0"]["ttft_p50_s"]
+    output = simulate(*options).output
+    for row in ("priority 1: TTFT p50, ms", "priority 0: TTFT p99, ms", "priority 1: goodput", "priority 0: refused"):
+        assert re.search(rf"{row} +[\d.,%]+", output), row
+
+
+def test_a_tenant_that_floods_and_clients_that_want_their_answer_soon(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    options = (*CROWD, "--policy", "predicted", "--flood", 5, "--ask-ttft", 2, "--log", log)
+    assert simulate(*options).exit_code == 0
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert {row["tenant"] for row in rows} == {"flooding", "modest"}
+    refused = [row for row in rows if row["refusal"]]
+    assert refused
+    assert {(row["status"], row["refusal"], row["end"]) for row in refused} == {(429, "slo", None)}
+    assert all(row["ttft_s"] < 4 for row in rows if row["end"] == "ok")
+
+
 def test_each_load_has_its_table(tmp_path: Path) -> None:
     output = simulate("--trace", mooncake(tmp_path), "--policy", "random", "--speed-up", "1,2.5").output
     assert re.findall(r"virtual time, speed-up ([\d.]+)", " ".join(output.split())) == ["1", "2.5"]
@@ -165,6 +201,8 @@ def test_curves_are_drawn_in_the_format_of_the_name(name: str, begins: bytes, tm
         ((*SMALL, "--speed-up", "1,x"), "--speed-up x: each must be a number above 0"),
         ((*SMALL, "--speed-up", "1,"), "each must be a number above 0"),
         ((*SMALL, "--speed-up", "nan"), "each must be a number above 0"),
+        ((*SMALL, "--flood", "0"), "--flood must be above 0"),
+        ((*SMALL, "--ask-ttft", "-1"), "--ask-ttft must be above 0"),
         ((*SMALL, "--estimate-error", "-1"), "--estimate-error must be from 0 to 3"),
         ((*SMALL, "--fleet", "/nowhere.yaml"), "/nowhere.yaml: No such file"),
         ((*SMALL, "--model-size", "70b"), "raise tp"),

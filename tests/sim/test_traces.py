@@ -92,6 +92,12 @@ def test_sessions_can_be_few_and_their_pauses_short(tmp_path: Path) -> None:
     assert trace == load(path, starts=Starts(sessions_per_s=0.5, sessions=2, max_pause_s=60))
 
 
+@pytest.mark.parametrize("row", [mooncake(), agentic(0, 0)], ids=["mooncake", "agentic"])
+def test_a_line_may_have_a_priority(row: dict[str, object], tmp_path: Path) -> None:
+    trace = load(written(tmp_path, row, row | {"priority": 3}, row | {"priority": -1}), starts=AT_ONCE)
+    assert [t.priority for t in trace.turns] == [0, 3, -1]
+
+
 # --- what cannot be read ----------------------------------------------------------------------------------------------
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Mapping
-from typing import Protocol
+from typing import Final, Protocol
 
 from extproc.config import ReplicaConfig
 from extproc.core.types import Add, Change, Remove, Replica, Reset
+
+DRAIN_LABEL: Final = "drain"
+"""`drain: "true"` among the labels says the same as `drain: true` of the replica, for sources that have labels only."""
 
 Emit = Callable[[Change], None]
 OnError = Callable[[str], None]
@@ -44,8 +47,13 @@ def ignore_errors(_text: str) -> None:
 
 
 def replica(config: ReplicaConfig, pool_labels: Mapping[str, str]) -> Replica:
-    """The core's view of a configured replica; its own labels win over the pool's."""
-    return Replica(config.address, {**pool_labels, **config.labels}, config.weight)
+    """The core's view of a configured replica; its own labels win over the pool's.
+
+    The label `drain` is taken out: other labels make a replica another one, whose speed has to be learned anew.
+    """
+    labels = {**pool_labels, **config.labels}
+    label = labels.pop(DRAIN_LABEL, "")
+    return Replica(config.address, labels, config.weight, config.drain or label.lower() == "true")
 
 
 def difference(pool: str, before: Mapping[str, Replica], after: Mapping[str, Replica]) -> Iterator[Change]:

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import Mapping
 from contextlib import aclosing
 from pathlib import Path
 from typing import Final
 
-from watchfiles import awatch
-from watchfiles.main import FileChange
-
 from extproc.adapters.discovery.base import Emit, OnError, difference, ignore_errors, reset
 from extproc.adapters.discovery.listing import ListingError, parse
+from extproc.adapters.watching import RECHECK_S, moments
 from extproc.core.types import Replica
 
 log = logging.getLogger(__name__)
 
 MAX_BYTES: Final = 8 * 1024 * 1024
 """Largest file that is read; ten thousand replicas with labels take about 2 MiB."""
-_DEBOUNCE_MS: Final = 250
-"""Longest wait for a writer to finish. The 1.6 s that watchfiles takes by default would delay a removal in a busy directory."""
 
 
 class FileSource:
@@ -38,13 +34,9 @@ class FileSource:
         labels: Mapping[str, str],
         *,
         on_error: OnError = ignore_errors,
-        recheck_s: float = 2.0,
+        recheck_s: float = RECHECK_S,
     ) -> None:
-        """`recheck_s`: the file is read again after so long without an event.
-
-        Events do not tell of a swapped directory above, of a link into another directory, nor of NFS; and none comes for a
-        change between the first read and the start of the watch.
-        """
+        """`recheck_s`: the file is read again after so long without an event."""
         self.pool = pool
         self.path = path
         self.errors = 0
@@ -62,32 +54,9 @@ class FileSource:
         return f"<FileSource {self.pool}: {members} from {self.path}, {self.mistake or 'good'}>"
 
     async def run(self, emit: Emit) -> None:
-        async with aclosing(self._moments()) as moments:
-            async for _ in moments:
+        async with aclosing(moments(self.path, self._recheck_s)) as due:
+            async for _ in due:
                 await self._look(emit)
-
-    async def _moments(self) -> AsyncGenerator[None, None]:
-        """When to look: now, then whenever something moves beside the file, and no later than `recheck_s`."""
-        while True:
-            yield
-            try:
-                async with aclosing(self._moves()) as moves:
-                    async for _ in moves:
-                        yield
-            except (OSError, RuntimeError) as e:  # watchfiles raises either: no such directory, no inotify watch left
-                log.debug("%s: not watched: %s; looking every %s s", self.path, e, self._recheck_s)
-                await asyncio.sleep(self._recheck_s)
-
-    def _moves(self) -> AsyncGenerator[set[FileChange], None]:
-        """The directory is watched, for a rename onto the file would end a watch of the file."""
-        return awatch(
-            self.path.parent,
-            watch_filter=None,
-            debounce=_DEBOUNCE_MS,
-            rust_timeout=max(1, round(self._recheck_s * 1000)),
-            yield_on_timeout=True,
-            recursive=False,
-        )
 
     async def _look(self, emit: Emit) -> None:
         """Read the file, and tell of what changed."""

@@ -37,7 +37,7 @@ class _Listing(Section):
 
 
 def parse(content: bytes, pool_labels: Mapping[str, str]) -> dict[str, Replica]:
-    """Replicas by address, in the order of the file: a list of `ip:port` or `{address, labels, weight}`, or an object that has it as `replicas`.
+    """Replicas by address, in the order of the file: a list of `ip:port` or `{address, labels, weight, drain}`, or an object that has it as `replicas`.
 
     A list without entries empties the pool; a file without a list (cut off while it was written, say) is a mistake. Raises ListingError.
     """

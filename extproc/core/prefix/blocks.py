@@ -30,14 +30,14 @@ ENDS = tuple(accumulate(_SIZES))
 """Byte at which each possible block ends."""
 
 
-def chain(seed: bytes, prompt: bytes) -> Blocks:
-    """Hash the full blocks of a canonical prompt; the partial tail is left out.
+def chain(seed: bytes, prompt: bytes, limit: int = MAX_BLOCKS) -> Blocks:
+    """Hash the full blocks of a canonical prompt, up to `limit` of them; the partial tail is left out.
 
     Each hash is XXH3-64 of its block, seeded with the hash before it, and the first with that of `seed`: it depends on
     the seed and on every byte before its end. A running hash state, read out at each boundary, is no faster.
     Hashes are unsigned 64-bit; among a million of them two meet by chance in one case of 37 million.
     """
-    ends = ENDS[: bisect_right(ENDS, len(prompt))]
+    ends = ENDS[: min(bisect_right(ENDS, len(prompt)), limit)]
     digest = xxh3_64_intdigest(seed)
     hashes = []
     start = 0

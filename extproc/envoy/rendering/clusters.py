@@ -43,12 +43,18 @@ def extproc(grpc_listener: str) -> cluster.Cluster:
             cluster_name=names.SERVICE_CLUSTER, endpoints=[endpoint.LocalityLbEndpoints(lb_endpoints=[host])]
         ),
         typed_extension_protocol_options=_protocol(
-            upstream.HttpProtocolOptionsExplicitHttpConfig(http2_protocol_options=core.Http2ProtocolOptions())
+            upstream.HttpProtocolOptionsExplicitHttpConfig(
+                http2_protocol_options=core.Http2ProtocolOptions(
+                    # Ends the streams that a stopped process holds, which the health check does not. gRPC's own threads answer
+                    # pings, so a busy event loop is not taken for a dead one.
+                    connection_keepalive=core.KeepaliveSettings(interval=seconds(0.5), timeout=seconds(1.0))
+                )
+            )
         ),
         circuit_breakers=_breakers(),
         health_checks=[_grpc_health()],
-        # A process that hangs keeps its sockets open and its backlog accepting: only a failed check ends those streams, and only
-        # without panic is it then left alone.
+        # A process that hangs keeps its sockets open and its backlog accepting: only a failed check keeps new streams away, and only
+        # without panic. Streams already there go on (Envoy 1.40 drains HTTP connections and does not close them).
         close_connections_on_host_health_failure=True,
         common_lb_config=_panic_below(0.0),
     )

@@ -9,6 +9,7 @@ import envoy_data_plane.envoy.extensions.filters.http.router.v3 as router
 import envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 as hcm
 import envoy_data_plane.envoy.extensions.http.early_header_mutation.header_mutation.v3 as early
 import envoy_data_plane.envoy.type.matcher.v3 as matcher
+import envoy_data_plane.envoy.type.v3 as types
 
 from extproc.config import Config
 from extproc.envoy import names
@@ -20,8 +21,15 @@ EXT_PROC = "envoy.filters.http.ext_proc"
 SECRET_HEADERS = ("authorization", "proxy-authorization", "cookie", "x-api-key", "api-key")
 """Not sent to extproc, unless one of them is the configured tenant or session header; and never taken from the replica, which may check them."""
 
-SETTABLE_HEADERS = (names.POOL_HEADER, "x-vllm-priority", "content-length", "content-type", "retry-after")
-"""All that extproc may set. The middle one belongs to a rewritten body: Envoy answers 500 to a length that does not fit. The last two are those of its refusals."""
+SETTABLE_HEADERS = (
+    names.POOL_HEADER,
+    names.PATIENCE_HEADER,
+    "x-vllm-priority",
+    "content-length",
+    "content-type",
+    "retry-after",
+)
+"""All that extproc may set. The length belongs to a rewritten body: Envoy answers 500 to one that does not fit. The last two are those of its refusals."""
 
 
 def filters(config: Config) -> list[hcm.HttpFilter]:
@@ -58,6 +66,8 @@ def _ext_proc(config: Config) -> ext_proc.ExternalProcessor:
     return ext_proc.ExternalProcessor(
         grpc_service=to_extproc(),
         failure_mode_allow=envoy.fail_open,
+        # Not 500: it is this service that is missing, and coming again helps. A timeout stays 504 all the same.
+        status_on_error=types.HttpStatus(code=types.StatusCode.ServiceUnavailable),
         message_timeout=seconds(envoy.message_timeout_s),
         # For held requests extproc asks for more time; the ordinary timeout stays short, to notice a hang.
         max_message_timeout=seconds(max(config.hold_limit_s, envoy.message_timeout_s)),

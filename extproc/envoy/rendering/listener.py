@@ -8,7 +8,7 @@ import envoy_data_plane.envoy.extensions.filters.network.http_connection_manager
 from envoy_data_plane.google import protobuf
 
 from extproc.config import Config, EnvoyConfig
-from extproc.envoy.rendering import filters, logs, routes
+from extproc.envoy.rendering import filters, logs, replies, routes
 from extproc.envoy.rendering.messages import address, seconds
 
 STREAMS = 100
@@ -48,6 +48,7 @@ def _manager(config: Config, baseline: bool) -> hcm.HttpConnectionManager:
         http_filters=[filters.route()] if baseline else filters.filters(config),
         access_log=[] if baseline else logs.loggers(envoy),
         access_log_options=None if baseline else _progress(envoy),
+        local_reply_config=None if baseline else replies.local(config),
         early_header_mutation_extensions=[filters.drop_control_headers()],
         # The peer is the client: x-envoy-* headers, which could set retries and timeouts, are removed from its requests.
         use_remote_address=True,

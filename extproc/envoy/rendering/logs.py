@@ -44,6 +44,7 @@ LINE = {
     "prompt_tokens": f"%DYNAMIC_METADATA({names.USAGE_NAMESPACE}:{names.PROMPT_TOKENS})%",
     "completion_tokens": f"%DYNAMIC_METADATA({names.USAGE_NAMESPACE}:{names.COMPLETION_TOKENS})%",
     "cached_tokens": f"%DYNAMIC_METADATA({names.USAGE_NAMESPACE}:{names.CACHED_TOKENS})%",
+    "broken": f"%DYNAMIC_METADATA({names.USAGE_NAMESPACE}:{names.BROKEN})%",
     "ext_proc": "%FILTER_STATE(envoy.filters.http.ext_proc:PLAIN)%",
 }
 """One line of the file. The path is without its query, and the only header is the request id: neither keys nor prompts get here."""

@@ -9,7 +9,7 @@ import envoy_data_plane.envoy.extensions.retry.host.previous_hosts.v3 as previou
 import envoy_data_plane.envoy.type.matcher.v3 as matcher
 from envoy_data_plane.google import protobuf
 
-from extproc.config import Config
+from extproc.config import Config, EnvoyConfig
 from extproc.envoy import names
 from extproc.envoy.rendering.filters import EXT_PROC, headers_for_us
 from extproc.envoy.rendering.messages import seconds
@@ -17,8 +17,8 @@ from extproc.envoy.rendering.messages import seconds
 BODY_HEADROOM = 64 * 1024
 """Bytes above `requests.max_body_bytes` that Envoy still buffers, so that it is extproc that refuses a body that is a little too long."""
 
-RETRY_ON = "connect-failure,refused-stream,reset-before-request,retriable-status-codes"
-"""Only where no replica has begun: `reset` and `5xx` would run a generation that is half done once more."""
+RETRY_ON = ("connect-failure", "refused-stream", "retriable-status-codes")
+"""Always: the replica did not take the request, or says that it failed."""
 
 
 def table(config: Config, baseline: bool) -> route.RouteConfiguration:
@@ -31,7 +31,10 @@ def table(config: Config, baseline: bool) -> route.RouteConfiguration:
         domains=["*"],
         routes=routes,
         request_headers_to_remove=headers_for_us(config),
-        retry_policy=_retries(config.envoy.retries) if config.envoy.retries else None,
+        retry_policy=_retries(config.envoy) if config.envoy.retries else None,
+        # Whoever is out of patience with a replica asks the next, and takes what comes first: to have misjudged a slow one costs
+        # work, and no error.
+        hedge_policy=route.HedgePolicy(hedge_on_per_try_timeout=True) if config.envoy.retries else None,
         response_headers_to_add=[_who_answered()] if config.envoy.response_headers else [],
         # Also what a retry may send again. Above it Envoy answers 413 by itself.
         request_body_buffer_limit=config.requests.max_body_bytes + BODY_HEADROOM,
@@ -74,16 +77,20 @@ def _action(pool: str, *, upgrade: bool = False) -> route.RouteAction:
     )
 
 
-def _retries(times: int) -> route.RetryPolicy:
-    """Each retry takes the next endpoint of the pick; when those are used up, one of the fallback policy not tried before."""
+def _retries(envoy: EnvoyConfig) -> route.RetryPolicy:
+    """Each retry takes the next endpoint of the pick; when those are used up, one of the fallback policy not tried before.
+
+    `reset` covers whatever happens to a request before the headers of its response, a per-try timeout included; a response
+    that has begun is never tried again. Envoy 1.40 has one count for all conditions, so what kills its engine is not told apart.
+    """
     tried = route.RetryPolicyRetryHostPredicate(
         name="envoy.retry_host_predicates.previous_hosts",
         typed_config=protobuf.Any.pack(previous_hosts.PreviousHostsPredicate()),
     )
     return route.RetryPolicy(
-        retry_on=RETRY_ON,
-        retriable_status_codes=[503],
-        num_retries=times,
+        retry_on=",".join((*RETRY_ON, "reset" if envoy.retry_resets else "reset-before-request")),
+        retriable_status_codes=list(envoy.retry_statuses),
+        num_retries=envoy.retries,
         # Another host is tried, so there is nothing to wait for; the default of 25 ms would be most of a retry's cost.
         retry_back_off=route.RetryPolicyRetryBackOff(base_interval=seconds(0.005), max_interval=seconds(0.05)),
         retry_host_predicate=[tried],

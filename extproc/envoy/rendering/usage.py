@@ -26,6 +26,14 @@ def reader() -> hcm.HttpFilter:
 def script() -> str:
     """usage.lua with the names that it shares with us put in."""
     text = resources.files("extproc.envoy.rendering").joinpath("usage.lua").read_text()
-    for key in ("USAGE_NAMESPACE", "NAMESPACE", "STRIP_USAGE", "PROMPT_TOKENS", "COMPLETION_TOKENS", "CACHED_TOKENS"):
+    for key in (
+        "USAGE_NAMESPACE",
+        "NAMESPACE",
+        "STRIP_USAGE",
+        "PROMPT_TOKENS",
+        "COMPLETION_TOKENS",
+        "CACHED_TOKENS",
+        "BROKEN",
+    ):
         text = text.replace(f"@{key}@", getattr(names, key))
     return text

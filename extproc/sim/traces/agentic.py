@@ -3,7 +3,8 @@
     {"session": "trace_0001", "depth": 0, "t": 19.0, "in": 72762, "out": 296, "think": 12.0, "api": 9.19, "h": [[1, 1136]]}
 
 `h` has runs of 64-token block ids, local to the session, so nothing is shared between sessions. `t` is seconds since the
-session, or the sub-agent, began; `api` how long the recorded answer took; `think` the pause before the turn.
+session, or the sub-agent, began; `api` how long the recorded answer took; `think` the pause before the turn. A line may also have
+a `priority`.
 
 Lines of depth above 0 that follow a turn are a sub-agent that this turn started. It runs by itself, turn after turn,
 from the end of that turn on. The turn after them then
@@ -41,6 +42,7 @@ class _Line:
     prompt_tokens: int
     output_tokens: int
     runs: tuple[Run, ...]
+    priority: int
 
 
 @dataclass(slots=True)
@@ -93,7 +95,9 @@ class _Reading:
         if after is not None:
             delay_s = min(delay_s, self.max_pause_s)
         runs = tuple((base + start, length) for start, length in line.runs)
-        self.turns.append(Turn(line.prompt_tokens, line.output_tokens, delay_s, after, runs, session=name))
+        self.turns.append(
+            Turn(line.prompt_tokens, line.output_tokens, delay_s, after, runs, session=name, priority=line.priority)
+        )
         lane.last, lane.recorded_end_s = len(self.turns) - 1, line.at_s + line.answer_s
 
 
@@ -121,6 +125,7 @@ def _line(row: Mapping[str, Any], line: int) -> _Line:
         prompt_tokens=prompt,
         output_tokens=max(int(number_of(row, "out", line)), 1),
         runs=joined(head(((start, length) for start, length in runs), prompt // BLOCK)),
+        priority=int(optional(row, "priority") or 0),
     )
 
 

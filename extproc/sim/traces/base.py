@@ -29,6 +29,8 @@ class Turn:
     """Ids of the full blocks of the prompt, then of the output as far as known. Equal id, equal content up to its end."""
     session: str | None = None
     tenant: str | None = None
+    priority: int = 0
+    """Higher goes first."""
 
     def hashes(self, ratio: int = 1) -> tuple[int, ...]:
         """The block ids one by one, each split into `ratio` smaller blocks."""

@@ -2,7 +2,7 @@
 
     {"timestamp": 0, "input_length": 6758, "output_length": 500, "hash_ids": [0, 1, 2, ...]}
 
-Milliseconds. The id of the last, partial block is left out: an engine shares full blocks alone.
+Milliseconds. The id of the last, partial block is left out: an engine shares full blocks alone. A line may also have a `priority`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from extproc.sim.traces.base import Run, Starts, Trace, TraceError, Turn, joined
-from extproc.sim.traces.rows import number_of, objects
+from extproc.sim.traces.rows import number_of, objects, optional
 
 BLOCK: Final = 512
 
@@ -28,4 +28,5 @@ def _turn(row: Mapping[str, Any], line: int) -> Turn:
     if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
         raise TraceError(f"{line}: 'hash_ids' is no list of whole numbers")
     runs: list[Run] = [(i, 1) for i in ids[: prompt // BLOCK]]
-    return Turn(prompt, output, number_of(row, "timestamp", line) / 1e3, runs=joined(runs))
+    at_s, priority = number_of(row, "timestamp", line) / 1e3, int(optional(row, "priority") or 0)
+    return Turn(prompt, output, at_s, runs=joined(runs), priority=priority)

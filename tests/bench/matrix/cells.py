@@ -12,7 +12,7 @@ from extproc.sim import fleet_spec
 from extproc.sim.fleet_spec import Group
 from extproc.sim.incidents import Incident, Kind
 from extproc.sim.node import NodeSpec
-from extproc.sim.sidecar import Wiring
+from extproc.sim.sidecar import NO_QUEUE, Wiring
 from extproc.sim.simulate_report import Slo
 
 LOADS: Final = (0.4, 0.7, 0.9, 1.1, 1.3)
@@ -25,7 +25,7 @@ CACHES: Final[Mapping[str, int]] = {"hbm": 1, "large": 5}
 """KV cache as a multiple of what the GPUs' memory leaves."""
 
 STATES: Final[Mapping[str, Wiring]] = {
-    "exact": Wiring(scrape_interval_s=0.1, log_flush_interval_s=0.0, progress_interval_s=0.25),
+    "exact": Wiring(scrape_interval_s=0.1, log_flush_interval_s=0.0, progress_interval_s=0.25, queue=NO_QUEUE),
     "stale": Wiring(
         scrape_interval_s=0.5,
         scrape_age_s=1.0,
@@ -33,10 +33,12 @@ STATES: Final[Mapping[str, Wiring]] = {
         completion_delay_s=0.05,
         progress_interval_s=0.25,
         estimate_error=0.2,
+        queue=NO_QUEUE,
     ),
 }
 """What the routers know. Stale: a sample is 1 s old when it arrives and the next is asked for half a second later, so that it is 1.8 s
-old on average; ends and progress come 50 ms late; each prompt is misjudged by 20 %."""
+old on average; ends and progress come 50 ms late; each prompt is misjudged by 20 %. Neither holds requests: rules of choice are compared,
+and each must bear the load that it has let in."""
 
 FLEETS: Final[Mapping[str, tuple[Group, ...]]] = {
     "equal": (Group(gpu="h100", count=8),),

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from extproc.core.fleet import Readiness
+from extproc.core.health.states import State
 from extproc.core.types import Progressed, Replica
 
 from ..support import (
@@ -113,7 +113,7 @@ def test_the_turns_of_a_session_stay_and_spill_under_load() -> None:
 def test_a_replica_without_a_sample_does_not_look_free_beside_others() -> None:
     made = router(2, scraped=True)
     sample(made, 1, running=20, waiting=3)
-    assert member(made, 0).readiness(0.0) is Readiness.UNSAMPLED
+    assert member(made, 0).state(0.0) is State.STARTING
     assert preferred(made, request(text(4000))) == address(1)
 
 

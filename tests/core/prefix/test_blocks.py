@@ -77,3 +77,9 @@ def test_a_chain_is_bounded_whatever_the_prompt() -> None:
 def test_hashes_are_what_they_were() -> None:
     """Routers of different versions must agree: replicas are tied by a hash of the first blocks."""
     assert [f"{h:016x}" for h in chain(b"m", filler(600)).hashes] == ["375b6d70a1540992", "9fbbc04acbf70202"]
+
+
+@given(length=lengths, limit=st.integers(0, 200))
+def test_a_limit_cuts_the_chain_and_changes_nothing_before(length: int, limit: int) -> None:
+    whole, cut = chain(b"m", filler(length)), chain(b"m", filler(length), limit)
+    assert (cut.hashes, cut.ends) == (whole.hashes[:limit], whole.ends[:limit])

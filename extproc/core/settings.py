@@ -1,0 +1,25 @@
+"""What the core needs to know of a pool's configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import field
+
+from extproc.core.admission.settings import QueueSettings
+from extproc.core.health.settings import HealthSettings
+from extproc.core.record import record
+
+
+@record
+class PoolSettings:
+    """Defaults are those of the configuration (`pools[]`), where each is explained."""
+
+    name: str
+    models: tuple[str, ...] = ()
+    policy: str = "predicted"
+    policy_options: Mapping[str, float | int | str | bool] = field(default_factory=dict)
+    scraped: bool = True
+    """Whether samples are to be expected; without, members count as ready at once."""
+    stale_after_s: float = 10.0
+    health: HealthSettings = field(default_factory=HealthSettings)
+    queue: QueueSettings = field(default_factory=QueueSettings)

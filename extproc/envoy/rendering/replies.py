@@ -1,0 +1,91 @@
+"""Answers that Envoy itself gives, in the form of extproc's: OpenAI-shaped JSON. What replicas answer, errors included, passes untouched."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import envoy_data_plane.envoy.config.accesslog.v3 as accesslog
+import envoy_data_plane.envoy.config.core.v3 as core
+import envoy_data_plane.envoy.extensions.access_loggers.filters.cel.v3 as cel
+import envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 as hcm
+from envoy_data_plane.google import protobuf
+
+from extproc.config import Config
+from extproc.core.types import Refusal, Reject
+from extproc.envoy import names
+from extproc.openai import errors
+
+Op = accesslog.ComparisonFilterOp
+
+Error = dict[str, Any]
+"""What stands under `error`."""
+
+
+def _error(message: str, kind: str) -> Error:
+    return {"message": message, "type": kind, "param": None, "code": "%RESPONSE_CODE%"}
+
+
+OTHER = _error("The proxy cannot accept this request.", "BadRequestError")
+"""Broken HTTP, mostly."""
+
+
+def _errors(config: Config) -> dict[int, Error]:
+    """By status; where extproc has the case, in its words. Envoy's own stay in its access log: they name addresses and connections."""
+    return {
+        408: _error("The request did not arrive in time.", "Request Timeout"),
+        413: _of(errors.too_large(config.requests.max_body_bytes)),
+        500: _error("The proxy could not process this request.", "InternalServerError"),
+        503: _of(errors.of_refusal(Reject(Refusal.ABSENT))),
+        504: _error("No answer came in time. Please try again later.", "Gateway Timeout"),
+    }
+
+
+def _of(answer: errors.HttpError) -> Error:
+    error: Error = json.loads(answer.body)["error"]
+    return error
+
+
+def local(config: Config) -> hcm.LocalReplyConfig:
+    """The first mapper that fits counts. One without any change stands before the others, for what extproc answers through Envoy.
+
+    There is no `body_format` of the whole: it would apply to that one as well.
+    """
+    mappers = [_mapper(status, error, Op.EQ) for status, error in _errors(config).items()]
+    others = _mapper(400, OTHER, Op.GE)
+    return hcm.LocalReplyConfig(mappers=[hcm.ResponseMapper(filter=_is_extprocs()), *mappers, others])
+
+
+def _mapper(status: int, error: Error, op: Op) -> hcm.ResponseMapper:
+    return hcm.ResponseMapper(
+        filter=_status_is(op, status),
+        body_format_override=_body(error),
+        headers_to_add=[_retry_after()] if status == 503 else [],
+    )
+
+
+def _body(error: Error) -> core.SubstitutionFormatString:
+    return core.SubstitutionFormatString(json_format=protobuf.Struct.from_dict({"error": error}))
+
+
+def _retry_after() -> core.HeaderValueOption:
+    """Nothing tells when a replica is back; checks find one within a second."""
+    return core.HeaderValueOption(
+        header=core.HeaderValue(key="retry-after", value="1"),
+        append_action=core.HeaderValueOptionHeaderAppendAction.ADD_IF_ABSENT,
+    )
+
+
+def _status_is(op: Op, status: int) -> accesslog.AccessLogFilter:
+    value = core.RuntimeUInt32(default_value=status, runtime_key="extproc.unused")  # Envoy wants some key
+    compared = accesslog.ComparisonFilter(op=op, value=value)
+    return accesslog.AccessLogFilter(status_code_filter=accesslog.StatusCodeFilter(comparison=compared))
+
+
+def _is_extprocs() -> accesslog.AccessLogFilter:
+    """Immediate responses of ext_proc are local replies to Envoy; no response flag tells them apart, only their details."""
+    config = cel.ExpressionFilter(expression=f'response.code_details == "{names.REFUSED_DETAILS}"')
+    extension = accesslog.ExtensionFilter(
+        name="envoy.access_loggers.extension_filters.cel", typed_config=protobuf.Any.pack(config)
+    )
+    return accesslog.AccessLogFilter(extension_filter=extension)
