@@ -270,13 +270,102 @@ class Configured:
 
 
 @record
+class PeerLoad:
+    """One replica as one router has loaded it: absolute, of what it sent there and has not seen end."""
+
+    address: str
+    requests: int
+    backlog_s: float
+    """Seconds of prefill among them that the replica has yet to do, when it was told; the work of others not counted in."""
+    context_tokens: float
+    """KV cache tokens that they hold, expected on average over their lives."""
+
+
+@record
+class Judgement:
+    """What one router has against a replica, by its own evidence; what it merely heard of others is not in it."""
+
+    address: str
+    out: bool
+    """It is taken out there: nothing listens, checks or requests fail, or it hangs."""
+    draining: bool
+    """Somebody asked this router that it get nothing new."""
+    ends_in_s: float | None = None
+    """The replica is taken away so many seconds from now (a spot notice); None where no time is known."""
+
+
+@record
+class PeerReported:
+    """The load that another router has put on the replicas. Replaces the one before; a replica not named has none of it."""
+
+    pool: str
+    peer: str
+    """Name of the router's process: another one after a restart."""
+    loads: tuple[PeerLoad, ...]
+    age_s: float = 0.0
+    """How long ago it was true."""
+
+
+@record
+class PeerJudged:
+    """What another router has against replicas. Replaces the one before; a replica not named is well for all it knows."""
+
+    pool: str
+    peer: str
+    judgements: tuple[Judgement, ...]
+
+
+@record
+class PeerServed:
+    """Tokens that another router has charged to tenants since it began. Only ever grows; None is not among the tenants."""
+
+    pool: str
+    peer: str
+    tokens: Mapping[str, float]
+
+
+@record
+class PeerGone:
+    """Another router is no longer there: its load, and what it had against replicas, are void."""
+
+    pool: str
+    peer: str
+
+
+@record
+class Placed:
+    """A router sent a prompt with these first blocks to the replica."""
+
+    pool: str
+    address: str
+    blocks: Blocks
+
+
+PeerFact = PeerReported | PeerJudged | PeerServed | PeerGone
+"""What one router tells of itself; `Placed` may come from any."""
+
+
+@record
 class Stalled:
     """The router stood still, and heard nothing of what happened meanwhile: that silence counts against nobody."""
 
     for_s: float
 
 
-Fact = Change | Sampled | NotSampled | Serves | Progressed | Probed | DrainAsked | DrainEnded | Configured | Stalled
+Fact = (
+    Change
+    | Sampled
+    | NotSampled
+    | Serves
+    | Progressed
+    | Probed
+    | DrainAsked
+    | DrainEnded
+    | Configured
+    | Stalled
+    | PeerFact
+    | Placed
+)
 
 
 # --- verdicts ---------------------------------------------------------------------------------------------------------

@@ -246,6 +246,10 @@ class Queue:
         for priority in reversed(self._priorities):
             yield from self._levels[priority].order()
 
+    def overtakes(self, entry: Entry) -> bool:
+        """Whether requests of a lower priority wait."""
+        return bool(self._priorities) and self._priorities[0] < entry.held.priority
+
     def starved(self, since: float) -> Entry | None:
         """Of those below the highest priority that waits, the one that waits longest, if it came at `since` or before."""
         oldest = (self._levels[priority].oldest for priority in self._priorities[:-1])

@@ -81,3 +81,10 @@ def in_time(ask: Ask, members: Sequence[Member], within_s: float | None, now: fl
     if within_s is None:
         return members
     return [member for member in members if predict(ask, member, now).ttft_s <= within_s]
+
+
+def soonest(ask: Ask, members: Sequence[Member], slack_s: float, now: float) -> list[Member]:
+    """Those that would bring the first token no later than `slack_s` after the earliest that can be had."""
+    ttfts = [predict(ask, member, now).ttft_s for member in members]
+    limit_s = min(ttfts) + slack_s
+    return [member for member, ttft_s in zip(members, ttfts, strict=True) if ttft_s <= limit_s]
