@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo run test test-vllm chaos fuzz soak check format protos golden lock bench-overhead bench-sim bench-overload bench-routing bench-routing-full
+.PHONY: help setup demo run test test-vllm chaos fuzz soak check format protos golden lock bench-overhead bench-sim bench-overload bench-fleet bench-routing bench-routing-full
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -55,6 +55,7 @@ protos: $(READY)  ## compile protos/ into extproc/pb
 
 golden: $(READY)  ## render the golden files again: envoy/, docs/configuration.md
 	$(BIN)/python -m pytest tests/golden --golden-update
+	$(BIN)/python -m tests.deploy.render
 
 lock: $(READY)  ## resolve pyproject.toml into requirements.lock again (needs uv)
 	uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --no-header -o requirements.lock
@@ -69,6 +70,9 @@ ROUTING = $(BIN)/python -m tests.bench.routing $(if $(TRACES),--traces $(TRACES)
 
 bench-overload: $(READY)  ## what holding requests gains beyond saturation, under 5 minutes on 2 cores; more traces with TRACES=/path
 	$(BIN)/python -m tests.bench.overload $(if $(TRACES),--traces $(TRACES)) $(if $(DOCS),--docs $(DOCS))
+
+bench-fleet: $(READY)  ## several routers that share by Redis: simulator, real processes, faults, limits, scaling; one part with ONLY=processes
+	$(BIN)/python -m tests.bench.fleet $(if $(ONLY),--only $(ONLY)) $(if $(TRACES),--traces $(TRACES))
 
 bench-routing: $(READY)  ## routing policies on one matrix of workloads, under 15 minutes on 2 cores; more traces with TRACES=/path
 	$(ROUTING)

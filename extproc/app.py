@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import secrets
 import signal
 import threading
 import time
@@ -28,24 +29,32 @@ from extproc.adapters import discovery
 from extproc.adapters.admin import Admin
 from extproc.adapters.config_watch import ConfigState, ConfigWatch
 from extproc.adapters.engines import ENGINES
+from extproc.adapters.gpu import follow
+from extproc.adapters.keys import KeyFileError
 from extproc.adapters.logs import Logs, set_level
 from extproc.adapters.looplag import LoopWatch
 from extproc.adapters.metrics import FleetCollector, RouterMetrics, ServerCollector
 from extproc.adapters.metrics_queue import QueueCollector, QueueMetrics
+from extproc.adapters.metrics_scaling import ScalingCollector
 from extproc.adapters.metrics_service import Life, ServiceCollector
+from extproc.adapters.metrics_shared import SharedCollector
 from extproc.adapters.probing import Checks, Prober
 from extproc.adapters.pulse import Pulse
 from extproc.adapters.reading import ReadingCollector, ReadingPool
 from extproc.adapters.recorder import Recorder
 from extproc.adapters.scraping import Scraper, Target
+from extproc.adapters.shared.sharing import Sharing
 from extproc.adapters.tasks import Tasks
-from extproc.config import READING_LIMIT_S, Config, PoolConfig, Section
+from extproc.adapters.tenancy import Tenancy
+from extproc.config import READING_LIMIT_S, Config, PoolConfig, Scaling, Section, Shared
 from extproc.core import fleet
 from extproc.core.admission.settings import QueueSettings
 from extproc.core.health.settings import HealthSettings
 from extproc.core.health.states import State
 from extproc.core.observers import Ended, HealthChanged, Quiet, Several
 from extproc.core.router import Router
+from extproc.core.scaling.settings import ScalingSettings, Thresholds
+from extproc.core.scaling.warm import WarmSettings
 from extproc.core.settings import PoolSettings
 from extproc.core.types import (
     Change,
@@ -61,9 +70,12 @@ from extproc.core.types import (
     Stalled,
 )
 from extproc.envoy.endpoints import EndpointsFile, Health, Member, Members
+from extproc.envoy.exchange import Head
 from extproc.envoy.intake import Intake
 from extproc.envoy.members_writer import MembersWriter
+from extproc.envoy.scaler import Scale, Scaler
 from extproc.envoy.server import Server
+from extproc.redis_url import parse
 
 log = logging.getLogger(__name__)
 
@@ -139,6 +151,7 @@ class App:
             config.requests.max_flights,
         )
         self.registry.register(QueueCollector(self.router))
+        self.registry.register(ScalingCollector(self.router, clock))
         self.registry.register(FleetCollector(self.router, clock))
         targets = {pool.name: _target(pool) for pool in config.pools}
         self._scraper = Scraper(targets, self._learn, rng=rng, busy=self._busy)
@@ -151,11 +164,25 @@ class App:
         self._tasks = Tasks()
         self._pulse = Pulse(clock, self._stalled)
         self._watch = ConfigWatch(path, config, self._reconfigure) if path else None
+        self._sharing = Sharing(self.router, self._learn, clock, Random(secrets.randbits(64)))
+        self.registry.register(SharedCollector(self._sharing, clock))
         self._stopping = False
         self._web: web.AppRunner | None = None
         self._reader = ReadingPool(config.requests.max_body_bytes, READING_LIMIT_S)
-        intake = Intake(self.router, config)
-        self._server = Server(config, intake, self.router, clock, self.metrics.decided_in, self._reader)
+        self._tenancy = _tenancy(config, self.router, clock, self._sharing.name)
+        self._intake = Intake(self.router, config, self._tenancy.secret, self._tenancy.keys)
+        self.registry.register(self._tenancy.collector(self._clients))
+        self._scaler = Scaler(self._scale)
+        self._server = Server(
+            config,
+            self._intake,
+            self.router,
+            clock,
+            self.metrics.decided_in,
+            self._reader,
+            self._leased if self._tenancy.waits else None,
+            (self._scaler.service(),),
+        )
         self.registry.register(ServerCollector(self._server.streams, self._server.entries))
         self.registry.register(
             ServiceCollector(
@@ -179,11 +206,15 @@ class App:
         self._pulse.start()
         for pool in self.config.pools:
             self._discover(pool)
+            self._follow_gpus(pool)
         await asyncio.sleep(0)  # static pools tell their members at once
         self._endpoints.write_now(self._members())
         self._tasks.start("endpoints", self._endpoints.run)
         self._tasks.start("tick", self._tick)
         self._loop_watch.start()
+        self._tenancy.start(self._tasks, self.config.shared)
+        if self.config.shared is not None:
+            self._share(self.config.shared)
         await self._start_http()
         await self._start_grpc()
         if self._watch is not None:
@@ -195,6 +226,7 @@ class App:
         self._stopping = True
         if grace_s is None:
             grace_s = max(self.config.shutdown_grace_s - CLOSING_S, self.config.shutdown_grace_s / 2)
+        self._scaler.close()
         await self._server.stop(grace_s)
         await self._reader.stop()
         self._loop_watch.stop()
@@ -239,6 +271,8 @@ class App:
         now = self._clock()
         for name, pool in self.router.pools.items():
             if not len(pool.fleet):
+                if pool.scaling is not None and pool.scaling.settings.from_zero:
+                    continue  # requests wait for its first replica
                 return f"pool {name} has no members"
             if all(m.health.unreachable(now) or m.state(now) is State.STARTING for m in pool.fleet.members):
                 return f"pool {name}: no member has answered a scrape"
@@ -270,6 +304,14 @@ class App:
         self._scraper.follow(change)
         self._prober.follow(change)
         self._members_changed.set()
+
+    def _scale(self, pool: str | None) -> Scale | None:
+        """What the external scaler asks for; None where no such pool scales."""
+        scaled = {name: each for name, each in self.router.pools.items() if each.scaling is not None}
+        found = scaled.get(pool) if pool is not None else next(iter(scaled.values())) if len(scaled) == 1 else None
+        if found is None or found.scaling is None:
+            return None
+        return Scale(found.scaling.asked, found.scaling.active(found.admission, found.fleet, self._clock()))
 
     def _tell_envoy(self) -> None:
         self._members_changed.set()
@@ -311,6 +353,9 @@ class App:
         """Go on with a configuration that differs only in what a running process can take over."""
         before, self.config = self.config, config
         set_level(config.inspect.log_level)
+        if before.shared != config.shared:
+            self._share(config.shared)
+            self._tenancy.share(self._tasks, config.shared)
         for old, new in zip(before.pools, config.pools, strict=True):
             if settings(old) != settings(new):
                 self._learn(Configured(new.name, settings(new)))
@@ -318,6 +363,25 @@ class App:
             self._prober.retarget(new.name, _checks(new))
             if (old.replicas, old.discovery, old.labels) != (new.replicas, new.discovery, new.labels):
                 self._discover(new)
+            if _gpu_url(old) != _gpu_url(new):
+                self._follow_gpus(new)
+
+    def _share(self, shared: Shared | None) -> None:
+        """From now on with these settings; what was shared by those before is taken back first."""
+        self._tasks.start("sharing", partial(_shared_by_redis, self._sharing, shared))
+
+    def _clients(self) -> dict[str, int]:
+        """Requests by how their client was known."""
+        identity = self._intake.identity
+        return {} if identity is None else {source.value: n for source, n in identity.sources.items()}
+
+    async def _leased(self, head: Head) -> None:
+        """Before the decision on a request, where limits are strict."""
+        await self._tenancy.before(self._intake.accounts(head))
+
+    def _follow_gpus(self, pool: PoolConfig) -> None:
+        """Ask for the use of the pool's GPUs from now on, where it is told of."""
+        self._tasks.start(f"GPU use of {pool.name}", partial(follow, pool.name, _gpu_url(pool), self._learn))
 
     def _discovery_error(self, pool: str) -> Callable[[str], None]:
         return lambda _: self.metrics.discovery_errors.labels(pool).inc()
@@ -379,6 +443,24 @@ class App:
             raise _cannot_listen("grpc", self.config.listen.grpc, "taken, or not of this machine") from None
 
 
+def _tenancy(config: Config, router: Router, clock: Callable[[], float], name: str) -> Tenancy:
+    """Raises StartError where the secret or the keys cannot be read."""
+    router.limits.routers = lambda: 1 + max(len(pool.peers) for pool in router.pools.values())
+    try:
+        return Tenancy(config, router.limits, clock, name)
+    except KeyFileError as e:
+        raise StartError(f"tenants: {e}") from None
+
+
+async def _shared_by_redis(sharing: Sharing, shared: Shared | None) -> None:
+    """Share until cancelled; nothing where there are no settings."""
+    if shared is None:
+        return
+    from extproc.adapters.shared.redis_board import RedisBoard  # 40 ms and 5 MB, which only those pay who share
+
+    await sharing.run(shared, f"Redis ({parse(shared.url)})", RedisBoard(shared, sharing.name))
+
+
 def _site(runner: web.AppRunner, listen: str) -> web.BaseSite:
     if listen.startswith("unix:"):
         return web.UnixSite(runner, listen.removeprefix("unix:"))
@@ -413,8 +495,21 @@ def settings(pool: PoolConfig) -> PoolSettings:
         scraped=pool.engine != "none",
         stale_after_s=pool.scrape.stale_after_s,
         health=HealthSettings(**_shared(HealthSettings, pool.health)),
-        queue=QueueSettings(**_shared(QueueSettings, pool.queue)),
+        queue=QueueSettings(**{**_shared(QueueSettings, pool.queue), "absent_wait_s": pool.absent_wait_s}),
+        scaling=_scaling(pool.scaling),
     )
+
+
+def _gpu_url(pool: PoolConfig) -> str | None:
+    return pool.scaling.gpu_url if pool.scaling is not None else None
+
+
+def _scaling(section: Scaling | None) -> ScalingSettings | None:
+    if section is None:
+        return None
+    bounds = Thresholds(**_shared(Thresholds, section.thresholds))
+    warm = WarmSettings(**_shared(WarmSettings, section.warm)) if section.warm else None
+    return ScalingSettings(**{**_shared(ScalingSettings, section), "thresholds": bounds, "warm": warm})
 
 
 def _target(pool: PoolConfig) -> Target:

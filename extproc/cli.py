@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 import os
+import sys
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -15,7 +16,7 @@ from typing import Any, BinaryIO
 import click
 
 from extproc import __version__
-from extproc.config import Config, ConfigError, load
+from extproc.config import Config, ConfigError, Tenants, load
 
 _CONFIG = click.option(
     "--config",
@@ -71,7 +72,7 @@ def serve(path: Path) -> None:
     collect_rarely()
     try:
         uvloop.run(App(config, path=path, logs=logs).run())
-    except (StartError, EndpointsError) as e:
+    except (ConfigError, StartError, EndpointsError) as e:
         raise click.ClickException(str(e)) from None
     finally:
         if not logs.stop():
@@ -173,6 +174,66 @@ def drain(address: str, within: float | None, undo: bool, pool: str | None, url:
         click.echo(f"{told['replica']} of pool {told['pool']}: {told['state']}, {told['in_flight']} in flight")
 
 
+@main.group()
+def key() -> None:
+    """API keys of tenants: write entries of the file named by `tenants.keys_file`."""
+
+
+@key.command("add")
+@_CONFIG
+@click.argument("tenant")
+@click.option("--tier", help="Instead of the tenant's own.")
+@click.option("--stdin", is_flag=True, help="Read the key from standard input instead of making one.")
+def key_add(path: Path, tenant: str, tier: str | None, stdin: bool) -> None:
+    """Add a key for TENANT to the file and print it, once: only its hash is kept. A secret is made if there is none."""
+    from extproc.adapters import keys
+
+    tenants = _tenants(path)
+    assert tenants.keys_file is not None
+    assert tenants.secret_file is not None
+    if tier is not None and tier not in tenants.tiers:
+        raise click.ClickException(f"there is no tier {tier!r}; known: {', '.join(tenants.tiers)}")
+    made = keys.new_key() if not stdin else _from_stdin()
+    try:
+        if not tenants.secret_file.exists() and not tenants.keys_file.exists():
+            keys.create_secret(tenants.secret_file)
+        keys.add(tenants.keys_file, keys.read_secret(tenants.secret_file), made, tenant, tier)
+    except keys.KeyFileError as e:
+        raise click.ClickException(str(e)) from None
+    click.echo(f"{tenants.keys_file}: added a key for {tenant}", err=True)
+    if not stdin:
+        click.echo(made)
+
+
+@key.command("hash")
+@_CONFIG
+def key_hash(path: Path) -> None:
+    """Print the hash of a key read from standard input, as it stands in the file."""
+    from extproc.adapters import keys
+
+    tenants = _tenants(path)
+    assert tenants.secret_file is not None
+    try:
+        click.echo(keys.hashed(tenants.secret_file, _from_stdin()))
+    except keys.KeyFileError as e:
+        raise click.ClickException(str(e)) from None
+
+
+def _tenants(path: Path) -> Tenants:
+    """The section, with both files named. Ends the program where it has not."""
+    tenants = load_checked(path).tenants
+    if tenants is None or tenants.keys_file is None:
+        raise click.ClickException(f"{path}: tenants: names no keys_file; add keys_file: PATH and secret_file: PATH")
+    return tenants
+
+
+def _from_stdin() -> str:
+    found = sys.stdin.readline().strip()
+    if not found:
+        raise click.ClickException("standard input has no key; write one line")
+    return found
+
+
 def _posted(url: str, path: str, body: bytes = b"") -> Any:
     """What extproc's HTTP port answers. Ends the program with the reason where it does not."""
     request = urllib.request.Request(f"{url.rstrip('/')}{path}", data=body, method="POST")
@@ -237,7 +298,15 @@ def run(path: Path | None) -> None:
 @click.option("--block-size", type=click.IntRange(1), help="KV block, tokens.  [default: the trace's]")
 @click.option("--cpu-overhead", type=float, default=0.002, show_default=True, help="Seconds of CPU in each step.")
 @click.option("--policy", multiple=True, help="NAME or NAME:OPTION=VALUE,... One run each. Repeatable.")
-@click.option("--routers", type=click.IntRange(1), default=1, show_default=True, help="That do not talk.")
+@click.option(
+    "--routers", type=click.IntRange(1), default=1, show_default=True, help="Requests are dealt to them in turn."
+)
+@click.option(
+    "--share/--no-share", default=False, show_default=True, help="Whether routers tell each other what they do."
+)
+@click.option("--beat", type=float, default=0.05, show_default=True, help="Seconds between two words of a router.")
+@click.option("--beat-loss", type=click.FloatRange(0, 1), default=0.0, help="Share of them that come to nothing.")
+@click.option("--router-dies", multiple=True, help="T:ROUTER, seconds and its place from 1. Repeatable.")
 @click.option("--scrape-interval", type=float, default=0.5, show_default=True, help="Seconds between samples.")
 @click.option("--scrape-age", type=float, default=0.0, show_default=True, help="Seconds by which samples come late.")
 @click.option("--log-flush", type=float, default=0.1, show_default=True, help="Seconds between access log flushes.")

@@ -10,11 +10,12 @@ import ipaddress
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from extproc import redis_url
 from extproc.core.policies import PolicyError, create
 
 READING_LIMIT_S = 10.0
@@ -51,6 +52,7 @@ Address = Annotated[str, AfterValidator(_address)]
 Listener = Annotated[str, AfterValidator(_listener)]
 Seconds = Annotated[float, Field(gt=0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
+S = TypeVar("S", bound="Section")
 
 
 class Section(BaseModel):
@@ -265,6 +267,84 @@ class Queue(Section):
     """Of one tenant the shortest prefill goes first; what a request has waited counts, times this, as prefill less. 0 never lets long prompts catch up, large values are first come, first served."""
 
 
+class Thresholds(Section):
+    """Bounds of the rule `thresholds`."""
+
+    queue_above: float = Field(default=50.0, ge=0)
+    """One replica more where more requests wait, here and in the engines together,"""
+    ttft_p95_above_s: float = Field(default=3.0, gt=0)
+    """or where the 95th percentile of TTFT over the last minute is longer, in seconds,"""
+    gpu_above: float = Field(default=0.85, gt=0, le=1)
+    """or where GPU use is above this share."""
+    queue_below: float = Field(default=10.0, ge=0)
+    """One replica fewer where fewer requests wait, and"""
+    gpu_below: float = Field(default=0.30, ge=0, le=1)
+    """GPU use is below this share. Where `gpu_url` is null it is unknown, and there is no way down."""
+
+
+class Warm(Section):
+    """Spare replicas, which take requests like any other. Those that are no longer needed stay for a while before they are given up."""
+
+    min_replicas: int = Field(default=2, ge=0)
+    """Spares that are always there, beside the replicas that are needed."""
+    max_replicas: int = Field(default=5, ge=0)
+    """Most spares."""
+    ttl_s: Seconds = 3600.0
+    """Seconds for which a replica that is no longer needed stays as a spare."""
+
+
+class Scaling(Section):
+    """How many replicas the pool should have. Said in metrics and to KEDA; nothing is started or stopped here. See docs/autoscaling.md."""
+
+    rule: Literal["work", "thresholds"] = "work"
+    """`work`: the work that arrives, over what a replica does within its SLO. `thresholds`: one replica more or fewer where bounds are crossed."""
+    min_replicas: int = Field(default=1, ge=0)
+    """Least number. 0: the pool may be empty, and requests wait while its first replica starts."""
+    max_replicas: int = Field(default=10, ge=1, le=10_000)
+    """Greatest number."""
+    ttft_target_s: Seconds = 0.5
+    """Seconds in which a share `attainment` of the requests shall get their first token."""
+    attainment: float = Field(default=0.95, gt=0, lt=1)
+    """That share."""
+    tpot_target_s: Seconds = 0.05
+    """Seconds from one output token to the next that are good enough: bounds how many requests a replica decodes together."""
+    max_utilization: float = Field(default=0.9, gt=0, le=1)
+    """Share of its time that a replica may be at work, whatever the SLO leaves."""
+    cold_start_s: float = Field(default=120.0, ge=0)
+    """Seconds from the wish for a replica to its first answer: so far ahead growth is reckoned with. About 120 for a 7B model, 300 to 900 for 70B."""
+    start_wait_s: float = Field(default=180.0, ge=0, le=3600)
+    """With `min_replicas: 0`: longest wait in seconds for the first replica; then 503."""
+    interval_s: Seconds = 15.0
+    """Seconds between two looks."""
+    up_cooldown_s: float = Field(default=60.0, ge=0)
+    """Seconds between a way up and the next."""
+    down_cooldown_s: float = Field(default=300.0, ge=0)
+    """Seconds between a change and a way down. `work` also wants that no more was needed during all of them."""
+    max_step_up: int = Field(default=4, ge=1)
+    """Most replicas more at one time."""
+    max_step_down: int = Field(default=2, ge=1)
+    """Most replicas fewer at one time."""
+    hysteresis: float = Field(default=0.1, ge=0, le=1)
+    """Fewer replicas are asked for only where they would suffice for so much more work, as a share of what there is."""
+    thresholds: Thresholds = Thresholds()
+    warm: Warm | None = None
+    """Spare replicas; null for none."""
+    daily: bool = False
+    """Learn over days how many requests are usual at what time, and have replicas ready before they come. Learned in memory: a restart begins anew."""
+    daily_lead_s: float = Field(default=600.0, ge=0, le=7200)
+    """So many seconds before."""
+    gpu_url: str | None = Field(default=None, pattern=r"^https?://")
+    """Page with `DCGM_FI_DEV_GPU_UTIL` of the pool's GPUs (a DCGM exporter's, say): their mean is the GPU use of `thresholds`. null: unknown."""
+
+    @model_validator(mode="after")
+    def _bounds(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}; lower it")
+        if self.warm is not None and self.min_replicas == 0:
+            raise ValueError("has both min_replicas: 0 and warm, which is never empty; keep one")
+        return self
+
+
 class PoolConfig(Section):
     """Replicas that serve the same models."""
 
@@ -287,6 +367,8 @@ class PoolConfig(Section):
     scrape: Scrape = Scrape()
     health: Health = Health()
     queue: Queue = Queue()
+    scaling: Scaling | None = None
+    """How many replicas there should be; null: nobody asks."""
     usage: UsageConfig = UsageConfig()
 
     @model_validator(mode="before")
@@ -304,7 +386,22 @@ class PoolConfig(Section):
             raise ValueError("has no members; add replicas: [ip:port] or discovery: {file: {path: ...}}")
         if doubled := _doubled(r.address for r in self.replicas):
             raise ValueError(f"lists replica {doubled} twice; remove one")
+        if self.from_zero and not self.queue.enabled:
+            raise ValueError(
+                "has scaling.min_replicas: 0 but no queue to wait in; set queue.enabled: true, or 1 replica"
+            )
         return self
+
+    @property
+    def from_zero(self) -> bool:
+        """Whether the pool may be empty, so that requests wait for its first replica."""
+        return self.scaling is not None and self.scaling.min_replicas == 0
+
+    @property
+    def absent_wait_s(self) -> float:
+        """Longest wait while no replica can be reached."""
+        start_s = self.scaling.start_wait_s if self.scaling is not None and self.from_zero else 0.0
+        return max(self.queue.absent_wait_s, start_s)
 
 
 class Requests(Section):
@@ -347,6 +444,8 @@ class EnvoyConfig(Section):
     """Seconds that Envoy waits for one answer of extproc."""
     connect_timeout_s: Seconds = 0.25
     """Seconds for a TCP connection to a replica."""
+    endpoints: int = Field(default=3, ge=1, le=3)
+    """Replicas that an answer names, best first: the others are for retries. 1 for gateways that take the pick for one address, as those do that route by an original destination cluster (Envoy AI Gateway)."""
     retries: int = Field(default=2, ge=0, le=5)
     """Attempts on further replicas, for all reasons together: no connection, a stream that was refused, and what the next two keys name. A request that kills the engine that runs it kills at most one more than this."""
     retry_resets: bool = True
@@ -367,6 +466,179 @@ class EnvoyConfig(Section):
     """Also write Envoy's access log to this file, one JSON object a line; /dev/stdout works. null for none."""
 
 
+class SharedTls(Section):
+    """TLS to Redis: with `rediss` URLs."""
+
+    ca_file: Path | None = None
+    """Certificates (PEM) of the authorities that are trusted; null for those of the system."""
+    cert_file: Path | None = None
+    """Our own certificate (PEM), where the server asks for one."""
+    key_file: Path | None = None
+    """Its key."""
+    check_hostname: bool = True
+    """Whether the server's certificate has to name the host of the URL. It is verified in any case."""
+
+    @model_validator(mode="after")
+    def _pair(self) -> Self:
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("has one of cert_file and key_file; a certificate needs its key, so name both or none")
+        return self
+
+
+class Shared(Section):
+    """What several routers of one fleet tell one another through Redis. Requests never wait for it, and go on without it."""
+
+    url: str = Field(repr=False)
+    """`redis://host:6379`, `unix:///path`, `redis+sentinel://host:26379,host/service`, `redis+cluster://host,host`; `rediss` in the place of `redis` for TLS. It may have `user:password@`, percent-encoded."""
+    username: str | None = None
+    """ACL user, unless the URL names one; null for the default user."""
+    password_file: Path | None = None
+    """File with the password and nothing else; read again for each connection, so that it may change."""
+    password_env: str | None = None
+    """Environment variable with the password."""
+    sentinel_auth: bool = False
+    """Whether the Sentinels want the same user and password."""
+    tls: SharedTls = SharedTls()
+    prefix: str = Field(default="extproc", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:-]{0,62}$")
+    """First part of all keys. Fleets that share a Redis need one each; routers share what they know when this and the names of their pools are the same."""
+    beat_s: float = Field(default=0.05, ge=0.02, le=1.0)
+    """Seconds between two beats: at each this router publishes what it has, and reads what all others have."""
+    expiry_s: float = Field(default=2.0, gt=0, le=5.0)
+    """Seconds after which a router that published nothing is forgotten, with its load."""
+    timeout_s: float = Field(default=0.5, ge=0.05)
+    """Seconds that one beat may take, connecting included."""
+    max_pause_s: float = Field(default=5.0, ge=0.1)
+    """Most seconds between two tries while Redis cannot be used; the pause begins with `beat_s` and doubles."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        try:
+            parsed = redis_url.parse(self.url)
+        except ValueError as e:
+            raise ValueError(f"url {e}") from None
+        if self.tls != SharedTls() and not parsed.tls:
+            raise ValueError("has tls, but a url without it; write rediss in the place of redis")
+        if sum(given is not None for given in (parsed.password, self.password_file, self.password_env)) > 1:
+            raise ValueError("has several passwords; keep one of url, password_file and password_env")
+        if parsed.username and self.username:
+            raise ValueError("has two users, in url and in username; keep one")
+        if self.expiry_s < 3 * self.beat_s:
+            raise ValueError(f"expiry_s: {self.expiry_s:g} is less than three beats; set {3 * self.beat_s:g} or more")
+        if self.timeout_s >= self.expiry_s:
+            raise ValueError(f"timeout_s: {self.timeout_s:g} is not below expiry_s; set less than {self.expiry_s:g}")
+        return self
+
+
+class Limits(Section):
+    """What a tenant may take up. null is no limit."""
+
+    requests_per_minute: int | None = Field(default=None, ge=1)
+    """Requests a minute. So many may come at once; they come back evenly, one after a minute divided by the limit. See docs/tenants.md."""
+    requests_burst: int | None = Field(default=None, ge=1)
+    """Requests that may come at once; null for a minute's. 1 spaces them evenly, so that no minute has more than the limit."""
+    tokens_per_minute: int | None = Field(default=None, ge=1)
+    """Prompt and output tokens a minute, together. Estimated when a request comes, settled by what the replica reports."""
+    in_flight: int | None = Field(default=None, ge=1)
+    """Requests at one time, those that wait included. Each router counts its own."""
+    max_prompt_tokens: int | None = Field(default=None, ge=1)
+    """Longest prompt, as estimated; above it the client gets 400."""
+
+
+class Tier(Limits):
+    """What the tenants of a tier may do."""
+
+    priority: int = Field(default=0, ge=-1_000_000, le=1_000_000)
+    """Priority of requests that name none, and the highest that they may name: a client may lower its own."""
+    slo_ttft_s: float | None = Field(default=None, gt=0)
+    """Seconds to the first token, for requests without `x-slo-ttft-ms`: one that cannot have it in time is refused at once. null: they wait."""
+    models: dict[str, Limits] = {}
+    """Limits of single models, each counted apart. What a model does not name here holds for all those together that do not."""
+
+
+class Tenant(Tier):
+    """A tenant by its name. What is named here takes the place of what its tier says."""
+
+    tier: Name | None = None
+    """Its tier, unless its key or claims name another; null for `default_tier`."""
+    metrics: bool = False
+    """Count it apart in metrics, with its name as a label."""
+
+
+class JwtClaims(Section):
+    """Claims of tokens that Envoy's jwt_authn filter has verified, read from the metadata that it leaves."""
+
+    payload: str = "jwt_payload"
+    """`payload_in_metadata` of the filter's provider."""
+    tenant_claim: str = "sub"
+    """Claim that names the tenant; with dots for one inside another (`org.id`)."""
+    tier_claim: str | None = None
+    """Claim that names its tier; null for none."""
+
+
+class TenantSharing(Section):
+    """How limits are kept by several routers together, through the Redis of `shared`. Without that each router keeps its own."""
+
+    on_loss: Literal["open", "closed"] = "open"
+    """While Redis cannot be reached: open, each router applies the limits alone; closed, whoever has limits a minute gets 503."""
+    strict: bool = False
+    """true: a request for which this router has nothing leased waits for Redis. Otherwise a little may pass on credit, see docs/tenants.md."""
+    strict_wait_s: float = Field(default=0.1, gt=0, le=5)
+    """Longest such wait in seconds; then `on_loss` decides."""
+
+
+TIERS: dict[str, Tier] = {
+    "free": Tier(requests_per_minute=10),
+    "paid": Tier(requests_per_minute=60),
+    "enterprise": Tier(),
+}
+
+
+class Tenants(Section):
+    """Who asks, and what they may take up. Of the ways to tell who asks, claims go before keys; where either is configured the header counts for nothing, for anybody can write one."""
+
+    secret_file: Path | None = None
+    """File with 16 random characters or more that nobody else knows: the key of all hashes of API keys and tenants. All routers of a fleet need the same. null: made up at the start. `extproc key add` creates one."""
+    keys_file: Path | None = None
+    """File of API keys, as hashes, followed while extproc runs. Clients send `authorization: Bearer KEY` or `x-api-key: KEY`. `extproc key add` writes entries."""
+    jwt: JwtClaims | None = None
+    """Read claims."""
+    tier_header: str | None = None
+    """Header that names the tier, beside `requests.tenant_header`. For gateways in front that set both; strip them from what clients send."""
+    unknown: Literal["refuse", "anonymous"] = "refuse"
+    """Who has no key or claims, or unknown ones: `refuse` with 401, or serve as anonymous. All the anonymous are one tenant."""
+    anonymous_tier: Name = "free"
+    """Tier of the anonymous."""
+    default_tier: Name = "free"
+    """Tier of tenants for whom nothing names one, or names one that does not exist."""
+    isolate_prefixes: bool = True
+    """Prompts of one tenant count as cached only for that tenant."""
+    send_cache_salt: bool = False
+    """Also have the engines keep their caches apart: `cache_salt` is added to requests for chats, completions and responses. Shared system prompts are then computed once for each tenant."""
+    tiers: dict[Name, Tier] = TIERS
+    """Tiers by name. Those here are added to `free` (10 requests a minute), `paid` (60) and `enterprise` (no limit), or take their places."""
+    named: dict[str, Tenant] = {}
+    """Tenants that differ from their tier, by name."""
+    sharing: TenantSharing = TenantSharing()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_tiers(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("tiers"), dict):
+            return {**value, "tiers": {**TIERS, **value["tiers"]}}
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        wanted = {"anonymous_tier": self.anonymous_tier, "default_tier": self.default_tier}
+        wanted |= {f"named.{name}.tier": tenant.tier for name, tenant in self.named.items() if tenant.tier}
+        for key, tier in wanted.items():
+            if tier not in self.tiers:
+                raise ValueError(f"{key}: there is no tier {tier!r}; known: {', '.join(self.tiers)}")
+        if self.keys_file and not self.secret_file:
+            raise ValueError("has keys_file without secret_file; the hashes in it need the secret they were made with")
+        return self
+
+
 class Inspect(Section):
     """What is kept to look at."""
 
@@ -384,6 +656,10 @@ class Config(Section):
     """Groups of replicas. A request goes to the pool that serves its model; one that names no model to the first pool."""
     requests: Requests = Requests()
     envoy: EnvoyConfig = EnvoyConfig()
+    shared: Shared | None = None
+    """State shared with the other routers of the fleet; null for none. See docs/redis.md."""
+    tenants: Tenants | None = None
+    """Tenants and their limits; null for none: everybody is served alike. See docs/tenants.md."""
     inspect: Inspect = Inspect()
     shutdown_grace_s: float = Field(default=30.0, gt=0)
     """Seconds after SIGTERM in which held requests and open answers may finish. Give the orchestrator a few seconds more."""
@@ -391,13 +667,15 @@ class Config(Section):
     @property
     def hold_limit_s(self) -> float:
         """Longest time for which a request may be kept: to be read, to have its turn, and some seconds for what surrounds that."""
-        waits = (max(p.queue.max_wait_s, p.queue.absent_wait_s) for p in self.pools if p.queue.enabled)
+        waits = (max(p.queue.max_wait_s, p.absent_wait_s) for p in self.pools if p.queue.enabled)
         return max(waits, default=0.0) + READING_LIMIT_S + 5.0
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
         if doubled := _doubled(p.name for p in self.pools):
             raise ValueError(f"pools: two are called {doubled!r}; rename one")
+        if self.tenants is not None:
+            _check_tenants(self.tenants, self.requests, self.shared)
         if doubled := _doubled(m for p in self.pools for m in set(p.models)):
             raise ValueError(f"pools: model {doubled!r} is in two pools; name it in one")
         if doubled := _doubled(r.address for p in self.pools for r in p.replicas):
@@ -414,6 +692,19 @@ class Config(Section):
         if len(self.pools) > 1 and (bare := [p.name for p in self.pools if not p.models]):
             raise ValueError(f"pools: {bare[0]!r} names no models; with several pools each needs models: [...]")
         return self
+
+
+def _check_tenants(tenants: Tenants, requests: Requests, shared: Shared | None) -> None:
+    """Raises ValueError where the section does not fit the others."""
+    told = tenants.keys_file or tenants.jwt or requests.tenant_header
+    if not told and tenants.unknown == "refuse":
+        raise ValueError(
+            "tenants: nothing tells who asks, so all would be refused; add keys_file, jwt or requests.tenant_header, or set unknown: anonymous"
+        )
+    if shared is not None and not tenants.secret_file:
+        raise ValueError(
+            "tenants: has no secret_file, so that routers that share would not know the same tenants; add one"
+        )
 
 
 def _doubled(values: Any) -> str | None:
@@ -549,7 +840,7 @@ def _absolute(config: Config, base: Path) -> Config:
     def absolute(path: Path) -> Path:
         return path if path.is_absolute() else (base / path).absolute()
 
-    def placed(source: Section | None) -> Section | None:
+    def placed(source: S | None) -> S | None:
         if source is None:
             return None
         paths = {n: absolute(v) for n in type(source).model_fields if isinstance(v := getattr(source, n), Path)}
@@ -566,4 +857,8 @@ def _absolute(config: Config, base: Path) -> Config:
             "access_log": absolute(config.envoy.access_log) if config.envoy.access_log else None,
         }
     )
-    return config.model_copy(update={"pools": pools, "envoy": envoy})
+    shared = placed(config.shared)
+    if shared is not None:
+        shared = shared.model_copy(update={"tls": placed(shared.tls)})
+    tenants = placed(config.tenants)
+    return config.model_copy(update={"pools": pools, "envoy": envoy, "shared": shared, "tenants": tenants})

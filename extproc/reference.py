@@ -36,7 +36,7 @@ def _sections(path: str, section: type[Section]) -> Iterator[tuple[str, type[Sec
     yield path, section
     for name, field in section.model_fields.items():
         if inner := _inner(field.annotation):
-            listed = "[]" if "tuple" in str(field.annotation) else ""
+            listed = "[]" if "tuple" in str(field.annotation) else ".NAME" if "dict[" in str(field.annotation) else ""
             yield from _sections(f"{path}.{name}{listed}".lstrip("."), inner)
 
 
@@ -111,8 +111,12 @@ def metrics() -> str:
     from extproc.adapters.looplag import LoopWatch
     from extproc.adapters.metrics import FleetCollector, RouterMetrics, ServerCollector
     from extproc.adapters.metrics_queue import QueueCollector, QueueMetrics
+    from extproc.adapters.metrics_scaling import ScalingCollector
     from extproc.adapters.metrics_service import ServiceCollector, idle_life
+    from extproc.adapters.metrics_shared import SharedCollector
+    from extproc.adapters.metrics_tenants import TenantCollector
     from extproc.adapters.reading import ReadingCollector, ReadingCounts
+    from extproc.adapters.shared.sharing import off
     from extproc.core.router import PoolSettings, Router
     from extproc.envoy.access_log import LogCounts
     from extproc.envoy.server import StreamCounts
@@ -125,7 +129,10 @@ def metrics() -> str:
     registry.register(LoopWatch())
     router = Router([PoolSettings("default")], Random(0))
     registry.register(QueueCollector(router))
+    registry.register(ScalingCollector(router, lambda: 0.0))
+    registry.register(TenantCollector(router.limits))
     registry.register(ServiceCollector(idle_life(router)))
+    registry.register(SharedCollector(off(router), lambda: 0.0))
     counted = sorted(registry.collect(), key=lambda m: m.name)
     gauges = sorted(FleetCollector(router, lambda: 0.0).collect(), key=lambda m: m.name)
     rows = [f"| `{_series(m)}` | {m.type} | {m.documentation} |\n" for m in (*counted, *gauges)]

@@ -178,3 +178,49 @@ async def test_serve_says_in_one_line_why_it_cannot(tmp_path: Path) -> None:
         f"Error: envoy.endpoints_file: directory {tmp_path}/nowhere does not exist; create it, or name another path"
     )
     assert "Traceback" not in served.log()
+
+
+# --- keys -------------------------------------------------------------------------------------------------------------
+
+TENANTS = GOOD + "tenants: {secret_file: secret, keys_file: keys.yaml}\n"
+
+
+def test_the_first_key_makes_the_secret_and_the_file(tmp_path: Path) -> None:
+    path = written(tmp_path, TENANTS)
+    result = CliRunner().invoke(main, ["key", "add", "acme", "--tier", "paid", "--config", str(path)])
+    assert result.exit_code == 0, result.output
+    made = result.stdout.strip()
+    assert made.startswith("sk-")
+    [entry] = yaml.safe_load((tmp_path / "keys.yaml").read_text())["keys"]
+    assert (entry["tenant"], entry["tier"]) == ("acme", "paid")
+    assert made not in (tmp_path / "keys.yaml").read_text()
+    assert run("key", "hash", "--config", path, given=f"{made}\n").output.strip() == entry["hash"]
+
+
+def test_a_key_of_ones_own_is_read_and_not_shown(tmp_path: Path) -> None:
+    path = written(tmp_path, TENANTS)
+    result = run("key", "add", "acme", "--stdin", "--config", path, given="sk-own\n")
+    assert (result.exit_code, "sk-own" in result.output) == (0, False)
+    result = run("key", "add", "acme", "--stdin", "--config", path, given="sk-own\n")
+    assert (result.exit_code, "has this key already" in result.output) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "mistake"),
+    [
+        (GOOD, ("acme",), "names no keys_file"),
+        (TENANTS, ("acme", "--tier", "gold"), "there is no tier 'gold'; known: free, paid, enterprise"),
+        (TENANTS, ("acme", "--stdin"), "standard input has no key"),
+    ],
+)
+def test_what_a_key_lacks_is_told(tmp_path: Path, text: str, arguments: tuple[str, ...], mistake: str) -> None:
+    result = run("key", "add", *arguments, "--config", written(tmp_path, text), given="")
+    assert (result.exit_code, mistake in result.output) == (1, True)
+
+
+def test_a_lost_secret_is_not_replaced(tmp_path: Path) -> None:
+    """All keys of the file would be worthless, without a word."""
+    path = written(tmp_path, TENANTS)
+    (tmp_path / "keys.yaml").write_text("keys: []\n")
+    result = run("key", "add", "acme", "--config", path)
+    assert (result.exit_code, "secret: No such file" in result.output) == (1, True)

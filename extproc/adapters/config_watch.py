@@ -16,7 +16,7 @@ from extproc.config import Config, ConfigError, PoolConfig, Section, parse
 log = logging.getLogger(__name__)
 
 LIVE_IN_POOLS: Final = frozenset(
-    {"models", "policy", "policy_options", "replicas", "discovery", "labels", "scrape", "health", "queue"}
+    {"models", "policy", "policy_options", "replicas", "discovery", "labels", "scrape", "health", "queue", "scaling"}
 )
 """Settings of a pool, with all that is in them, that a running process takes over."""
 
@@ -24,13 +24,14 @@ LIVE_IN_POOLS: Final = frozenset(
 def merged(running: Config, wanted: Config, hold_limit_s: float) -> tuple[Config, list[str]]:
     """`running` with as much of `wanted` as can be had without a restart, and the dotted paths of what cannot.
 
-    That is the grace period, the log level, and LIVE_IN_POOLS. `hold_limit_s` is the longest wait that the proxy allows.
+    That is the grace period, the log level, what is shared, and LIVE_IN_POOLS. `hold_limit_s` is the longest wait that the proxy allows.
     Where the set of pools differs nothing of them is taken: a model or replica that moves to a pool that does not exist yet would
     be nowhere.
     """
     changes: dict[str, Any] = {
         "shutdown_grace_s": wanted.shutdown_grace_s,
         "inspect": running.inspect.model_copy(update={"log_level": wanted.inspect.log_level}),
+        "shared": wanted.shared,
     }
     if [p.name for p in running.pools] == [p.name for p in wanted.pools]:
         pairs = zip(running.pools, wanted.pools, strict=True)
@@ -40,7 +41,7 @@ def merged(running: Config, wanted: Config, hold_limit_s: float) -> tuple[Config
 
 
 def _merged_pool(running: PoolConfig, wanted: PoolConfig, queue_fits: bool) -> PoolConfig:
-    taken = LIVE_IN_POOLS if queue_fits else LIVE_IN_POOLS - {"queue"}
+    taken = LIVE_IN_POOLS if queue_fits else LIVE_IN_POOLS - {"queue", "scaling"}
     return running.model_copy(update={name: getattr(wanted, name) for name in taken})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Final
 
@@ -12,12 +12,16 @@ from extproc.core.health.progress import silence_s
 from extproc.core.health.replica import Health, Report, untold
 from extproc.core.health.settings import HealthSettings
 from extproc.core.health.states import Reason, State
+from extproc.core.peers import Others, Peers
 from extproc.core.speed import Shared, Speed
 from extproc.core.steptime import prior
-from extproc.core.types import Add, Change, Probe, Remove, Replica, Reset, Sample, ScrapeFailure
+from extproc.core.types import Add, Change, PeerLoad, Probe, Remove, Replica, Reset, Sample, ScrapeFailure
 
 FAILED_OPEN: Final = "failed_open"
 """The reason of decisions among replicas that are all out."""
+TRIAL_S: Final = 1.0
+"""A policy that knows cached prefixes elsewhere may never choose a replica that lost its own. Sooner would cost requests whose
+cache is elsewhere; later keeps a well replica idle, and each trial waits so long."""
 STRANGERS_S: Final = 10.0
 """Requests of others are averaged over about so many seconds. The last sample alone would be the same for all routers that
 read it, and would send all of them to the same replica."""
@@ -28,6 +32,7 @@ class Member:
 
     __slots__ = (
         "answered_at",
+        "began_at",
         "cache_share",
         "health",
         "heard_at",
@@ -39,6 +44,7 @@ class Member:
         "load",
         "models",
         "opened_at_sample",
+        "others",
         "replica",
         "sample",
         "sampled_at",
@@ -64,7 +70,8 @@ class Member:
         self.scraped = scraped
         """Whether samples are to be expected at all."""
         self.stale_after_s = stale_after_s
-        self.joined_at = now
+        self.joined_at = self.began_at = now
+        """When it became a member, and when the process that is there now was first heard of."""
         self.sample: Sample | None = None
         self.sampled_at: float | None = None
         self.late_scrapes = 0
@@ -81,7 +88,10 @@ class Member:
         self.hit_trust = 1.0
         """Actual over predicted prefix hits, smoothed: 0 where prefix caching is off."""
         self.strangers = 0.0
-        """Requests that the replica has from others than us, by its samples of the last seconds."""
+        """Requests that the replica has from others than us and those routers that tell us theirs, by its samples of the last
+        seconds."""
+        self.others: Others | None = None
+        """What other routers told that they have there; None where there is no such router."""
         self.opened_at_sample = 0
         self.held_at_sample = 0.0
         """Our own requests and their tokens there when the sample came."""
@@ -117,12 +127,16 @@ class Member:
         self.health.heard(now, other=before is not None and _went_back(before, sample))
         self.late_scrapes = 0
         if sample.running is not None and sample.waiting is not None:
-            strangers = max(0, sample.running + sample.waiting - len(self.load))
+            known = len(self.load) + (self.others.requests if self.others is not None else 0)
+            strangers = max(0, sample.running + sample.waiting - known)
             self.strangers += (strangers - self.strangers) * (1.0 - math.exp(-elapsed_s / STRANGERS_S))
         self.opened_at_sample, self.held_at_sample = len(self.load), self.load.held_tokens
         if before is not None and _moved(before, sample):
             self.worked(now)
-        return self.health.restarts > restarts
+        if self.health.restarts == restarts:
+            return False
+        self.began_at = now
+        return True
 
     def not_sampled(self, why: ScrapeFailure, now: float) -> None:
         """A scrape failed. A late page leaves the sample to age; only a refused connection says that nobody is there."""
@@ -137,14 +151,15 @@ class Member:
         self.health.probed(probe, ok, now)
         if ok and probe is Probe.DEEP:
             self.worked(now)
-        return self._replaced(restarts)
+        return self._replaced(restarts, now)
 
-    def _replaced(self, restarts: int) -> bool:
+    def _replaced(self, restarts: int, now: float) -> bool:
         """Whether another process is there than when it had restarted so often."""
         if self.health.restarts == restarts:
             return False
         # The sample is of the process before: its counters would make the next page a restart again.
         self.sample = self.sampled_at = None
+        self.began_at = now
         return True
 
     def worked(self, now: float) -> None:
@@ -170,7 +185,7 @@ class Member:
             return False
         restarts = self.health.restarts
         self.health.succeeded(now if flight is None else flight.routed_at, now)
-        return self._replaced(restarts)
+        return self._replaced(restarts, now)
 
     def began(self, flight: Flight, now: float) -> None:
         """The first token of a request came. On trial that counts as its success: the next need not wait for its last."""
@@ -182,7 +197,9 @@ class Member:
     def expire(self, now: float) -> None:
         """Notice what time has changed: states that end, and work that makes no progress."""
         if len(self.load):
-            silent_s = silence_s(self.load, self.heard_at, self._counted(now), self.health.settings, now)
+            # What the process before had will bring no byte, and says nothing of this one.
+            flights = [flight for flight in self.load if flight.routed_at >= self.began_at]
+            silent_s = silence_s(flights, self.heard_at, self._counted(now), self.health.settings, now)
             if silent_s:
                 self.health.silent_for(silent_s, now)
         oldest = min((flight.routed_at for flight in self.load), default=None) if self.health.waits else None
@@ -211,6 +228,19 @@ class Member:
             self.cache_share = max(self.cache_share * (1.0 - 0.05 * (1.0 - found)), 0.05)
         else:
             self.cache_share = min(self.cache_share + 0.002, 1.0)
+
+    def backlog_s(self, now: float) -> float:
+        """Predicted seconds until all prefill queued there is done, ours and that of the routers that tell us theirs."""
+        ours_s = self.load.backlog_s(now)
+        if self.others is None or not (theirs_s := self.others.backlog_s(now)):
+            return ours_s
+        # Between ours, theirs may stand already; what they told last stands at least before whatever comes now.
+        return max(ours_s, self.load.work_s(now) + theirs_s)
+
+    def prefilling(self, now: float) -> int:
+        """Requests there whose first token is still to come, as far as we know, are told, or believe."""
+        ours = self.load.prefilling(now)
+        return ours if self.others is None else ours + self.others.prefilling
 
     def queued(self, now: float) -> int | None:
         """Requests waiting there: the last sample, and what we sent or saw end since. None without a fresh sample."""
@@ -263,6 +293,8 @@ class Fleet:
         self._health = health
         self._changed = changed
         self._slow_from = math.inf
+        self.trial_due: str | None = None
+        """Who is on probation, and was not chosen for `TRIAL_S`: the next request goes there, whatever the policy says."""
 
     def __len__(self) -> int:
         return len(self._members)
@@ -329,10 +361,29 @@ class Fleet:
             self._members.pop(address).health.left(now)
         return left
 
+    def loaded(self, peer: str, before: Iterable[str], loads: Mapping[str, PeerLoad], at: float, now: float) -> None:
+        """Another router has these loads on members since `at`, and no longer those that it had on the addresses `before`."""
+        for address in {*before, *loads}:
+            member = self._members.get(address)
+            if member is None:
+                continue
+            others = member.others = member.others or Others()
+            others.put(peer, loads.get(address), at, now)
+            if not others:
+                member.others = None
+
+    def judged(self, addresses: Iterable[str], peers: Peers, now: float) -> None:
+        """Other routers told what they have against these members."""
+        for address in addresses:
+            if (member := self._members.get(address)) is not None:
+                against = peers.against(address)
+                member.health.told(against.out, against.draining, against.ends_at, now)
+
     def expire(self, now: float) -> None:
         """Notice what time has changed. To be called several times a second."""
         for member in self._members.values():
             member.expire(now)
+        self.trial_due = next((m.address for m in self._members.values() if _waits_for_trial(m, now)), None)
 
     def absent(self, now: float) -> bool:
         """Whether there is nobody that anything could be sent to: nothing listens on any member, or there is none."""
@@ -359,6 +410,11 @@ class Fleet:
         if starting := [m for m in allowed if m.health.state(now) is State.STARTING]:
             return starting
         return _least_bad(allowed, now)
+
+
+def _waits_for_trial(member: Member, now: float) -> bool:
+    state, _, since = member.health.why(now)
+    return state is State.PROBATION and member.health.trial is None and now - since >= TRIAL_S
 
 
 def _hardware(replica: Replica) -> dict[str, str]:

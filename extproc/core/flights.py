@@ -47,6 +47,8 @@ class Flight:
     """Sequences and KV tokens there when it was routed."""
     routed_at: float
     expires_at: float
+    others_s: float = 0.0
+    """Prefill of other routers' requests that stands between it and the one before it here."""
     prefill_done_at: float = 0.0
     """Predicted, and moved as the queue moves."""
     exact_tokens: bool = False
@@ -61,6 +63,11 @@ class Flight:
     """When the proxy last said that it still runs; before that, when it was routed."""
     vouched: bool = False
     """On trial, it counted as a success by its first token."""
+    at: str = ""
+    """Who has it now: `address`, unless the proxy sent it on to another."""
+
+    def __post_init__(self) -> None:
+        self.at = self.at or self.address
 
     def __repr__(self) -> str:
         state = "decoding" if self.first_token_at is not None else "prefilling"
@@ -159,11 +166,19 @@ class Load:
         queued = sum(f.output_tokens * f.samples for f in self._queue[self._believed_done(now) :])
         return max(self._output_tokens - queued, 0.0)
 
-    def open(self, flight: Flight, now: float) -> None:
-        """Put a flight at the end of the prefill queue."""
+    def work_s(self, now: float) -> float:
+        """Seconds of prefill in the queue that are not done; what others have between is not in it."""
+        todo = self._queue[self._believed_done(now) :]
+        return sum([min(f.prediction.prefill_s, f.prefill_done_at - now) for f in todo])
+
+    def open(self, flight: Flight, now: float, backlog_s: float | None = None) -> None:
+        """Put a flight at the end of the prefill queue. `backlog_s`: what stands before it, others' prefill included."""
         if flight.id in self._flights:
             raise LedgerError(f"{flight!r} is already open")
-        flight.prefill_done_at = now + self.backlog_s(now) + flight.prediction.prefill_s
+        ours_s = self.backlog_s(now)
+        before_s = ours_s if backlog_s is None else max(ours_s, backlog_s)
+        flight.others_s = before_s - ours_s
+        flight.prefill_done_at = now + before_s + flight.prediction.prefill_s
         self._flights[flight.id] = flight
         self._queue.append(flight)
         self._held_tokens += flight.held_tokens
@@ -213,7 +228,7 @@ class Load:
     def _retime(self, i: int, start: float) -> None:
         """Lay the queue out again from its i-th flight on: the replica turns to that one at `start`."""
         for flight in self._queue[i:]:
-            start = max(start, flight.routed_at) + flight.prediction.prefill_s
+            start = max(start, flight.routed_at) + flight.others_s + flight.prediction.prefill_s
             flight.prefill_done_at = start
 
     def check(self) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from extproc.core.fleet import Member
 from extproc.core.speed import CHUNK_TOKENS
 from extproc.core.traffic import Prices
-from extproc.core.types import Prediction, Request
+from extproc.core.types import Prediction, Request, Sample
 
 Parts = tuple[int, float, float, float, float, float, float]
 """The fields of a Prediction: a frozen dataclass for each candidate would cost a tenth of a decision."""
@@ -25,6 +25,8 @@ class Ask:
     """Replica -> tokens of the prompt's head that the index believes cached there."""
     prices: Prices = field(default_factory=Prices)
     """What the parts of a cost are worth at present."""
+    slack_s: float = 0.0
+    """Costs no further apart than this are equal: what other routers have placed and not yet told is unknown by more."""
     parts: dict[str, Parts] = field(default_factory=dict)
     """What was predicted for this request so far; nothing changes between ranking and reservation."""
 
@@ -48,34 +50,44 @@ def company(member: Member, now: float) -> tuple[float, float]:
     Requests of others than us, by the samples of the last seconds, count like ours on average.
     """
     load = member.load
-    ours, held = len(load), load.held_tokens
-    strangers = member.strangers if member.fresh(now) is not None else 0.0
+    known, held = len(load), load.held_tokens
+    if member.others is not None:
+        known, held = known + member.others.requests, held + member.others.context_tokens
+    strangers = unseen(member, now)
     if not strangers:
-        return float(ours), held
-    mean = held / ours if ours else 1024.0
-    return float(ours + strangers), held + strangers * mean
+        return float(known), held
+    mean = held / known if known else 1024.0
+    return float(known + strangers), held + strangers * mean
+
+
+def unseen(member: Member, now: float) -> float:
+    """Requests there that neither we nor a router that tells us of its own have sent, by the samples of the last seconds."""
+    return member.strangers if member.fresh(now) is not None else 0.0
 
 
 def capacity_wait_s(ask: Ask, member: Member, now: float) -> float:
-    """Seconds until the replica has room for one more, where KV blocks or slots, not prefill, hold requests back.
-
-    By Little's law a place frees every `turnover / running` seconds. What waits beyond the prefill queue waits for places.
-    """
+    """Seconds until the replica has room for one more, where KV blocks or slots, not prefill, hold requests back."""
     sample = member.fresh(now)
-    turnover_s = member.latency_s
-    if sample is None or turnover_s is None:
+    if sample is None:
         return 0.0
-    wait = 0.0
-    if sample.waiting and sample.running:
-        beyond = (member.queued(now) or 0) - member.load.prefilling(now)
-        wait = max(beyond, 0) * turnover_s / sample.running
-    capacity = sample.kv_capacity_tokens
-    held = member.load.held_tokens
-    if capacity and held:
-        missing = held + ask.prompt_tokens - capacity
-        if missing > 0:
-            wait = max(wait, missing * turnover_s / held)
-    return wait
+    held = member.load.held_tokens + (member.others.context_tokens if member.others is not None else 0.0)
+    return max(slots_wait_s(member, sample, now), blocks_wait_s(member, sample, ask.prompt_tokens, held))
+
+
+def slots_wait_s(member: Member, sample: Sample, now: float) -> float:
+    """What waits beyond the prefill queue waits for places; by Little's law one frees every `turnover / running` seconds."""
+    if not sample.waiting or not sample.running or member.latency_s is None:
+        return 0.0
+    beyond = (member.queued(now) or 0) - member.prefilling(now)
+    return max(beyond, 0) * member.latency_s / sample.running
+
+
+def blocks_wait_s(member: Member, sample: Sample, tokens: int, held: float) -> float:
+    """Seconds until so many more tokens fit into a KV cache of which `held` are in use, likewise by Little's law."""
+    capacity, turnover_s = sample.kv_capacity_tokens, member.latency_s
+    if not capacity or not held or turnover_s is None:
+        return 0.0
+    return max(held + tokens - capacity, 0.0) * turnover_s / held
 
 
 def predict(ask: Ask, member: Member, now: float) -> Prediction:
@@ -102,8 +114,11 @@ def _parts(ask: Ask, member: Member, now: float) -> Parts:
     cached = ask.cached_tokens(member) if ask.hit_tokens else 0
     uncached = max(ask.prompt_tokens - cached, 1)
     sequences, kv_tokens = company(member, now)
-    strangers = sequences - len(load)
-    backlog_s = load.backlog_s(now)
+    others = member.others
+    if others is None:
+        strangers, backlog_s = sequences - len(load), load.backlog_s(now)
+    else:
+        strangers, backlog_s = sequences - len(load) - others.requests, member.backlog_s(now)
     queue_s = speed.base_s + max(backlog_s, capacity_wait_s(ask, member, now)) + strangers * prices.unseen_s
     prefill_s = speed.prefill_s(speed.work_s(uncached, cached, sequences, kv_tokens))
     steps = max(ask.output_tokens - 1.0, 0.0)

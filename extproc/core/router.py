@@ -7,12 +7,14 @@ at once.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from random import Random
 from typing import Final
 
 from extproc.core.admission.admission import Admission, Work
 from extproc.core.admission.fairness import charge_tokens
+from extproc.core.admission.limits import Limits
 from extproc.core.admission.queue import Entry
 from extproc.core.admission.room import crosses_at, in_time, soonest
 from extproc.core.fleet import FAILED_OPEN, Changed, Fleet, Member
@@ -20,10 +22,12 @@ from extproc.core.flights import Flight, Ledger
 from extproc.core.health.states import Reason, State
 from extproc.core.observers import Ended, HealthChanged, Observer, Quiet, Waited
 from extproc.core.patience import patience_s
+from extproc.core.peers import PEERS_SLACK_S, Peers, Placements, trusted
 from extproc.core.policies import Policy, create
 from extproc.core.policies.base import Ranking
-from extproc.core.prediction import Ask, company, predict
+from extproc.core.prediction import Ask, company, predict, unseen
 from extproc.core.prefix.index import PrefixIndex
+from extproc.core.scaling.autoscaler import NOBODY, Asked, Autoscaler
 from extproc.core.settings import PoolSettings as PoolSettings
 from extproc.core.tokens import OutputTokens, PromptTokens, ResponseBytes
 from extproc.core.traffic import Traffic
@@ -36,8 +40,17 @@ from extproc.core.types import (
     DrainEnded,
     End,
     Fact,
+    GpuUsed,
+    Judgement,
     NotSampled,
     Outcome,
+    PeerFact,
+    PeerGone,
+    PeerJudged,
+    PeerLoad,
+    PeerReported,
+    PeerServed,
+    Placed,
     Prediction,
     Probed,
     Progressed,
@@ -51,14 +64,19 @@ from extproc.core.types import (
     Scored,
     Serves,
     Stalled,
+    TenantServed,
     Turn,
     Usage,
     Verdict,
     Wait,
 )
 
+TRIAL: Final = "trial"
+"""The reason of decisions for a replica that would otherwise wait in vain to show that it is well."""
 SILENT_S: Final = 3.0
 """A replica with work that gives no sign for so long is not counted on: longer than any step, or the wait between scrapes."""
+KNOWN_S: Final = 0.5
+"""After so long the proxy has read of a new member: a file is written and watched, which takes some tens of milliseconds."""
 ENDPOINTS: Final = 3
 """Length of the list given to Envoy: the best and two alternates for its retries."""
 
@@ -77,6 +95,10 @@ class Pool:
         self.response_bytes = ResponseBytes()
         self.traffic = Traffic()
         self.admission = Admission(settings.queue)
+        self.scaling = Autoscaler(settings.scaling) if settings.scaling else None
+        self.listed = False
+        """Whether its members were ever told of; a pool that is not known yet is not empty."""
+        self.peers = Peers()
 
     def __repr__(self) -> str:
         return f"<pool {self.settings.name} {self.settings.policy} {len(self.fleet)} replicas>"
@@ -94,6 +116,12 @@ class Pool:
             self.policy = create(settings.policy, settings.policy_options)
         self.fleet.configure(settings.stale_after_s, settings.health)
         self.admission.configure(settings.queue)
+        if settings.scaling is None:
+            self.scaling = None
+        elif self.scaling is None:
+            self.scaling = Autoscaler(settings.scaling)
+        else:
+            self.scaling.configure(settings.scaling)
 
     def serves(self, model: str) -> bool:
         """Whether the pool has the model; True for any while neither configuration nor replicas have named one."""
@@ -104,6 +132,14 @@ class Pool:
             return True
         return not self.settings.models and not any(member.models for member in members)
 
+    def size(self, request: Request) -> tuple[int, float]:
+        """Expected prompt tokens, and output tokens of all samples."""
+        tokens = request.prompt_tokens
+        if tokens is None:
+            tokens = self.prompt_tokens.estimate(request.model, request.prompt_bytes or 0)
+        output = self.output_tokens.estimate(request.model, request.api, request.tenant, request.max_output_tokens)
+        return tokens, output * request.samples
+
     def ask(self, request: Request, members: Sequence[Member], now: float) -> Ask:
         """Estimate what the request is in tokens, where its prefix lies, and what seconds are worth among these members."""
         tokens = request.prompt_tokens
@@ -113,9 +149,12 @@ class Pool:
         per_byte = tokens / request.prompt_bytes if request.prompt_bytes else 0.0
         hits = {a: n * per_byte for a, n in self.index.match(request.blocks).items()} if request.blocks.hashes else {}
         others = sum([member.strangers for member in members])
+        if len(self.peers):
+            others += sum([member.others.requests for member in members if member.others is not None])
         ours = sum([len(member.load) for member in members]) if others else 0
         prices = self.traffic.prices(len(members), others / max(ours, 1), now)
-        return Ask(request, max(tokens, 1), output, hits, prices)
+        slack_s = PEERS_SLACK_S if len(self.peers) else 0.0
+        return Ask(request, max(tokens, 1), output, hits, prices, slack_s)
 
 
 class Router:
@@ -144,6 +183,9 @@ class Router:
         self._ledger = Ledger()
         self._boot = f"{rng.getrandbits(32):08x}"
         self._count = 0
+        self._placements = Placements()
+        self.limits = Limits()
+        """Of tenants; only requests with an account are counted."""
         self._held: dict[str, Pool] = {}
         """Ticket -> where it waits, until its turn was told."""
 
@@ -177,21 +219,39 @@ class Router:
             return self._refuse(Reject(Refusal.UNKNOWN_MODEL, request.model, self._known_models()), None)
         if self._full:
             return self._refuse(Reject(Refusal.OVERLOADED, request.model), pool)
+        if request.account is None:
+            return self._admit(pool, request, now)
+        prompt_tokens, output_tokens = pool.size(request)
+        if (exceeded := self.limits.check(request, prompt_tokens, output_tokens, now)) is not None:
+            return self._refuse(exceeded, pool)
+        verdict = self._admit(pool, request, now)
+        if isinstance(verdict, Reject):
+            return verdict
+        counted = verdict.ticket if isinstance(verdict, Wait) else verdict.flight
+        self.limits.take(counted, request.account, prompt_tokens + output_tokens, now)
+        return verdict if isinstance(verdict, Wait) else self._with_allowance(verdict, request, now)
+
+    def _admit(self, pool: Pool, request: Request, now: float) -> Verdict:
+        """Place or hold what exceeds no limit."""
         members = pool.fleet.candidates(now, request.subset)
         if not members:
-            return self._refuse(self._nobody(pool, request), pool)
+            if not _starts(pool, request):
+                return self._refuse(self._nobody(pool, request), pool)
+            return self._hold(pool, pool.ask(request, members, now), members, now, absent=True)
         ask = pool.ask(request, members, now)
         if not pool.admission.holds(request):
             return self._send(pool, ask, pool.policy.rank(ask, members, now, self._rng), now)
-        absent = _unreachable(members, now)
+        absent = _unreachable(members, now) or _first_to_come(pool, now)
         able = in_time(ask, members, request.slo_ttft_s, now)
         if not able and not absent:  # nor would it be in time after a wait here
+            _came(pool, ask, members, now)
             return self._refuse(pool.admission.reject(Refusal.SLO, request, now), pool)
         if pool.admission.queue or absent:
             return self._hold(pool, ask, members, now, absent)
         ranking = pool.policy.rank(ask, able, now, self._rng)
         if not self._starts_soon(pool, ask, ranking, members, now):
             return self._hold(pool, ask, members, now)
+        _came(pool, ask, (ranking.order[0][1],), now)
         return self._send(pool, ask, ranking, now)
 
     def explain(self, request: Request, now: float) -> Decision | Reject:
@@ -243,6 +303,7 @@ class Router:
         entry = pool.admission.leave(ticket, now) if pool is not None else None
         if entry is not None:
             del self._held[ticket]
+            self.limits.refund(ticket)
             self._observer.waited(Waited(entry.held, now - entry.arrived_at, None))
 
     def finish(self, flight_id: str, outcome: Outcome, now: float) -> None:
@@ -280,8 +341,15 @@ class Router:
         if isinstance(fact, Configured):
             pool.configure(fact.settings)
             return
+        if isinstance(fact, GpuUsed):
+            if pool.scaling is not None:
+                pool.scaling.gpu = fact.share
+            return
         if isinstance(fact, Reset | Add | Remove):
             self._changed(pool, fact, now)
+            return
+        if isinstance(fact, PeerReported | PeerJudged | PeerServed | PeerGone):
+            self._told(pool, fact, now)
             return
         member = pool.fleet.get(fact.address)
         if member is None:
@@ -307,6 +375,9 @@ class Router:
                 member.health.drain_ended(now)
             case Serves(models=models):
                 member.models = models
+            case Placed(blocks=blocks):
+                if member.state(now) is not State.GONE:
+                    pool.index.insert(member.address, blocks)
 
     def expire(self, now: float) -> int:
         """Close the flights whose end was never reported, and notice what time has changed in the health of replicas. To be
@@ -314,6 +385,10 @@ class Router:
         """
         for pool in self._pools.values():
             pool.fleet.expire(now)
+            if pool.scaling is not None and pool.listed:
+                pool.scaling.look(pool.admission, pool.fleet, now)
+            for name in pool.peers.silent(now):
+                self._told(pool, PeerGone(pool.settings.name, name), now)
         lost = self._ledger.expired(now)
         for flight in lost:
             self._ledger.close(flight.id)
@@ -324,6 +399,29 @@ class Router:
         """When `expire` or `turns` has something to do next, if nothing else happens."""
         times = [pool.admission.next_wakeup for pool in self._pools.values()] if self._held else []
         return min((at for at in (self._ledger.next_expiry(), *times) if at is not None), default=None)
+
+    # --- what is told to other routers --------------------------------------------------------------------------------
+
+    def report(self, pool: str, now: float) -> tuple[PeerLoad, ...]:
+        """What this router has on the replicas of a pool: absolute, and only of those that have something of it."""
+        loads = ((m.address, m.load) for m in self._pools[pool].fleet.members if len(m.load))
+        return tuple(
+            PeerLoad(address, len(load), load.work_s(now), load.held_tokens, load.prefilling(now))
+            for address, load in loads
+        )
+
+    def verdicts(self, pool: str, now: float) -> tuple[Judgement, ...]:
+        """What this router has against replicas of a pool by its own evidence; only of those that it has something against."""
+        judged = (m.health.judgement(m.address, now) for m in self._pools[pool].fleet.members)
+        return tuple(judgement for judgement in judged if judgement is not None)
+
+    def placements(self) -> list[Placed]:
+        """Where prompts were sent since the last call, in all pools; bounded, each chain once. From the first call on."""
+        return self._placements.take()
+
+    def served(self, pool: str) -> tuple[TenantServed, ...]:
+        """What this router has charged tenants of a pool since it began: those charged last, bounded in number."""
+        return self._pools[pool].admission.served.told()
 
     # --- parts of the above -------------------------------------------------------------------------------------------
 
@@ -359,6 +457,7 @@ class Router:
     def _hold(self, pool: Pool, ask: Ask, members: Sequence[Member], now: float, absent: bool = False) -> Wait | Reject:
         self._count += 1
         ticket = f"{self._boot}-w{self._count:x}"
+        _came(pool, ask, members, now)
         work = _work(ask, members, now)
         verdict = pool.admission.hold(ticket, pool.settings.name, ask.request, work, absent, now)
         if isinstance(verdict, Reject):
@@ -371,7 +470,7 @@ class Router:
 
     def _turns(self, pool: Pool, now: float) -> list[Turn]:
         admission = pool.admission
-        ended = admission.turns(now, lambda entry: self._place(pool, entry, now), pool.fleet.absent(now))
+        ended = admission.turns(now, lambda entry: self._place(pool, entry, now), _nobody_yet(pool, now))
         admission.plan(now, crosses_at(pool.fleet.members, admission.settings.hold_above_s, now))
         return [self._over(pool, entry, verdict, now) for entry, verdict in ended]
 
@@ -386,7 +485,7 @@ class Router:
             late = now - entry.arrived_at >= admission.settings.absent_wait_s
             return Reject(Refusal.ABSENT, request.model) if late else None
         soon = soon and admission.settings.enabled
-        if self._full or (soon and all(member.load.backlog_s(now) > within_s for member in members)):
+        if self._full or (soon and all(member.backlog_s(now) > within_s for member in members)):
             return None
         ask = pool.ask(request, members, now)
         if soon and not admission.room.free(ask, members, within_s, now):
@@ -407,11 +506,23 @@ class Router:
         del self._held[entry.held.ticket]
         self._observer.waited(Waited(entry.held, now - entry.arrived_at, verdict))
         if isinstance(verdict, Reject):
+            self.limits.refund(entry.held.ticket)
             self._refuse(verdict, pool)
+        else:
+            self.limits.turned(entry.held.ticket, verdict.flight)
+            verdict = self._with_allowance(verdict, entry.request, now)
         return Turn(entry.held.ticket, verdict)
+
+    def _with_allowance(self, route: Route, request: Request, now: float) -> Route:
+        """Say what is left to the tenant, where it is counted."""
+        account = request.account
+        return route if account is None else replace(route, allowance=self.limits.allowance(account, now))
 
     def _send(self, pool: Pool, ask: Ask, ranking: Ranking, now: float) -> Route:
         """Reserve the first of the ranking."""
+        if pool.fleet.trial_due is not None:
+            ranking = _on_trial(ranking, pool.fleet.trial_due)
+            pool.fleet.trial_due = None
         best = ranking.order[0][1]
         prediction = predict(ask, best, now)
         top = ranking.order[:ENDPOINTS]
@@ -459,7 +570,7 @@ class Router:
 
     def _reserve(self, decision: Decision, pool: Pool, ask: Ask, member: Member, now: float) -> None:
         request, prediction = ask.request, decision.prediction
-        together = company(member, now)
+        together, backlog_s = company(member, now), member.backlog_s(now)
         flight = Flight(
             id=decision.flight,
             pool=decision.pool,
@@ -475,8 +586,8 @@ class Router:
             samples=request.samples,
             hit_bytes=self._hit_bytes(ask, member),
             prediction=prediction,
-            work_s=(member.load.backlog_s(now) + prediction.prefill_s) / member.speed.prefill_factor,
-            unseen_s=(together[0] - len(member.load)) * ask.prices.unseen_s,
+            work_s=(backlog_s + prediction.prefill_s) / member.speed.prefill_factor,
+            unseen_s=unseen(member, now) * ask.prices.unseen_s,
             company=together,
             exact_tokens=request.prompt_tokens is not None,
             routed_at=now,
@@ -488,19 +599,44 @@ class Router:
         self._ledger.open(flight)
         pool.admission.sent(flight, request.priority, now)
         pool.traffic.arrived(prediction.prefill_s, now)
-        member.load.open(flight, now)
+        member.load.open(flight, now, backlog_s)
         member.health.tried(flight.id, now)
         if request.blocks.hashes:
             pool.index.insert(member.replica.address, request.blocks, flight.id)
+            self._placements.add(decision.pool, member.replica.address, request.blocks)
 
     def _hit_bytes(self, ask: Ask, member: Member) -> int:
         hit = ask.hit_tokens.get(member.replica.address)
         return round(hit * (ask.request.prompt_bytes or 0) / ask.prompt_tokens) if hit else 0
 
     def _changed(self, pool: Pool, change: Change, now: float) -> None:
+        pool.listed = True
         for address in pool.fleet.apply(change, now):
             pool.index.forget(address)
             self._observer.left(pool.settings.name, address)
+
+    def _told(self, pool: Pool, fact: PeerFact, now: float) -> None:
+        """Another router told something of itself."""
+        if isinstance(fact, PeerGone):
+            peer = pool.peers.gone(fact.peer)
+            if peer is not None:
+                pool.fleet.loaded(fact.peer, peer.loads, {}, now, now)
+                pool.fleet.judged(peer.judgements, pool.peers, now)
+            return
+        peer = pool.peers.heard(fact.peer, now)
+        if peer is None:
+            return
+        match fact:
+            case PeerReported(loads=loads, age_s=age_s):
+                before, peer.loads = peer.loads, {load.address: load for load in loads}
+                pool.fleet.loaded(fact.peer, before, peer.loads, now - age_s, now)
+            case PeerJudged(judgements=judgements):
+                told = trusted(judgements, len(pool.fleet))
+                known, peer.judgements = peer.judgements, {a: (j, now) for a, j in told.items()}
+                pool.fleet.judged({**known, **peer.judgements}, pool.peers, now)
+            case PeerServed(tenants=tenants):
+                for priority, tenant, tokens in peer.served.since(tenants):
+                    pool.admission.charged_elsewhere(priority, tenant, tokens, now)
 
     def _stalled(self, for_s: float) -> None:
         """As if the time had not passed, for all that is inferred from silence."""
@@ -521,7 +657,9 @@ class Router:
         flight.reported_at = now
         grown = fact.response_bytes > flight.response_bytes
         flight.response_bytes = fact.response_bytes
-        member = self._pools[flight.pool].fleet.get(flight.address)
+        if fact.served is not None and fact.served != flight.at:
+            self._sent_on(flight, fact.served, now)
+        member = self._pools[flight.pool].fleet.get(flight.at)
         if member is None or not member.load.has(flight):
             return
         if grown:
@@ -535,25 +673,40 @@ class Router:
         elif fact.replica_ttft_s is None and (flight.shows_first_token or _silent(member, flight, now)):
             member.load.still_prefilling(flight, now)
 
+    def _sent_on(self, flight: Flight, served: str, now: float) -> None:
+        """The proxy gave it to another: its load goes along, and what it brings says nothing of the one that was chosen."""
+        fleet = self._pools[flight.pool].fleet
+        before, after = fleet.get(flight.at), fleet.get(served)
+        if before is not None and before.load.has(flight):
+            before.load.close(flight, now)
+        flight.at, flight.heard_at = served, now
+        if after is not None:
+            after.load.open(flight, now)
+            if flight.first_token_at is not None:
+                after.load.first_token(flight, flight.first_token_at)
+
     def _first_token(self, member: Member, flight: Flight, replica_ttft_s: float, now: float) -> None:
         member.load.first_token(flight, min(flight.routed_at + replica_ttft_s, now))
-        if flight.prompt_bytes:
+        if flight.prompt_bytes and flight.at == flight.address:
             waited_s = flight.prediction.queue_s
             member.speed.learn_ttft(flight.work_s, replica_ttft_s, waited_s, flight.unseen_s)
 
     def _end(self, flight: Flight, outcome: Outcome, now: float) -> None:
         """Everything that the end of a flight changes."""
         pool = self._pools[flight.pool]
-        member = pool.fleet.get(flight.address)
+        member = pool.fleet.get(flight.at)
         if member is not None and not member.load.has(flight):
             member = None  # it left and came back meanwhile: another process, which never had the flight
         moved = outcome.served is not None and outcome.served != flight.address
         if member is not None:
             self._leave(member, flight, outcome, moved, now)
+        if pool.scaling is not None and flight.shows_first_token and outcome.ttft_s is not None:
+            pool.scaling.first_token(outcome.ttft_s, now)
         self._settle_prefix(pool, flight, outcome, now)
         self._judge(pool, flight, outcome, moved, now)
         output_tokens = self._learn_tokens(pool, flight, outcome)
         pool.admission.settle(flight, outcome, output_tokens)
+        self.limits.settle(flight.id, outcome, flight.prompt_tokens, output_tokens)
         if _whole(outcome) and outcome.duration_s is not None:
             ttft_s = outcome.ttft_s if flight.shows_first_token and outcome.ttft_s else flight.prediction.ttft_s
             pool.traffic.answered(min(ttft_s, outcome.duration_s), max(outcome.duration_s - ttft_s, 0.0))
@@ -589,7 +742,7 @@ class Router:
         if last is not None:
             if _fell(outcome):
                 last.failed(now, flight)
-            elif outcome.end is End.OK and outcome.served is not None and outcome.duration_s is not None:
+            elif outcome.end is End.OK and outcome.duration_s is not None:
                 restarted = last.answered(outcome.duration_s, now, flight)
                 if restarted:
                     pool.index.clear(last.address)
@@ -646,6 +799,8 @@ class Router:
         self._ledger.check()
         waiting = {entry.held.ticket for pool in self._pools.values() for entry in pool.admission.queue}
         assert waiting <= self._held.keys(), self
+        assert all(i in self._held or self._ledger.get(i) is not None for i in self.limits.counted), self.limits
+        self.limits.check_books()
         for name, pool in self._pools.items():
             pool.admission.queue.check()
             pool.index.check()
@@ -654,11 +809,19 @@ class Router:
                 member.load.check()
                 for flight in member.load:
                     assert self._ledger.get(flight.id) is flight, flight
-                    assert (flight.pool, flight.address) == (name, member.address), flight
+                    assert (flight.pool, flight.at) == (name, member.address), flight
         for flight in self._ledger:
-            at = self._pools[flight.pool].fleet.get(flight.address)
+            at = self._pools[flight.pool].fleet.get(flight.at)
             # One that joined since then is another process at the same address: it never had the flight.
             assert at is None or at.load.has(flight) or flight.routed_at <= at.joined_at, flight
+
+
+def _on_trial(ranking: Ranking, address: str) -> Ranking:
+    """With that replica first, if it is a candidate."""
+    first = [scored for scored in ranking.order if scored[1].address == address]
+    if not first:
+        return ranking
+    return Ranking([*first, *(scored for scored in ranking.order if scored[1].address != address)], TRIAL)
 
 
 def _unreachable(members: Sequence[Member], now: float) -> bool:
@@ -666,8 +829,47 @@ def _unreachable(members: Sequence[Member], now: float) -> bool:
     return all(member.health.unreachable(now) for member in members)
 
 
+def _nobody_yet(pool: Pool, now: float) -> bool:
+    """Whether there is nobody that anything could be sent to."""
+    return pool.fleet.absent(now) or _first_to_come(pool, now)
+
+
+def _first_to_come(pool: Pool, now: float) -> bool:
+    """Whether a pool that may be empty only has members that nothing was heard of, or that the proxy may not know yet.
+
+    Where there are others its fallback would take the request to one of them. Here it has nobody, and would answer with 503.
+    """
+    if pool.settings.scaling is None or not pool.settings.scaling.from_zero:
+        return False
+    return all(m.state(now) is State.STARTING or now < m.joined_at + KNOWN_S for m in pool.fleet.members)
+
+
+def _starts(pool: Pool, request: Request) -> bool:
+    """Whether the pool is empty because nobody asked for anything, and its first replica comes now that somebody does."""
+    scaling = pool.settings.scaling
+    return scaling is not None and scaling.from_zero and not len(pool.fleet) and pool.admission.holds(request)
+
+
+def _came(pool: Pool, ask: Ask, members: Sequence[Member], now: float) -> None:
+    """Note the work that a request brings, on the one of these where it is least; nothing where nobody wants to know."""
+    if pool.scaling is None:
+        return
+    output_tokens = ask.output_tokens * ask.request.samples
+    if not members:
+        prefill_s = NOBODY.prefill_s(NOBODY.work_s(ask.prompt_tokens, 0))
+        pool.scaling.arrived(Asked(NOBODY, ask.prompt_tokens, 0, prefill_s, output_tokens), now)
+        return
+    at, best = min(((m, predict(ask, m, now)) for m in members), key=lambda pair: pair[1].prefill_s)
+    uncached = max(ask.prompt_tokens - best.cached_tokens, 1)
+    pool.scaling.arrived(Asked(at.speed, uncached, best.cached_tokens, best.prefill_s, output_tokens), now)
+
+
 def _work(ask: Ask, members: Sequence[Member], now: float) -> Work:
-    """What a request comes to where it costs least: on the replica that has the most of its prompt."""
+    """What a request comes to where it costs least: on the replica that has the most of its prompt. Without any: on none yet."""
+    if not members:
+        prefill_s = NOBODY.prefill_s(NOBODY.work_s(ask.prompt_tokens, 0))
+        tokens = charge_tokens(ask.prompt_tokens, ask.output_tokens * ask.request.samples)
+        return Work(tokens, prefill_s, NOBODY.base_s + prefill_s)
     best = min((predict(ask, member, now) for member in members), key=_prefill_s)
     tokens = charge_tokens(ask.prompt_tokens - best.cached_tokens, ask.output_tokens * ask.request.samples)
     return Work(tokens, best.prefill_s, members[0].speed.base_s + best.prefill_s)

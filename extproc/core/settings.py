@@ -8,6 +8,7 @@ from dataclasses import field
 from extproc.core.admission.settings import QueueSettings
 from extproc.core.health.settings import HealthSettings
 from extproc.core.record import record
+from extproc.core.scaling.settings import ScalingSettings
 
 
 @record
@@ -23,3 +24,5 @@ class PoolSettings:
     stale_after_s: float = 10.0
     health: HealthSettings = field(default_factory=HealthSettings)
     queue: QueueSettings = field(default_factory=QueueSettings)
+    scaling: ScalingSettings | None = None
+    """None: nobody asks how many replicas there should be."""

@@ -92,7 +92,7 @@ class Traffic:
     def prices(self, replicas: int, strangers_each: float, now: float) -> Prices:
         """At present. `strangers_each`: requests of others for each of ours, who come beside ours."""
         ttft_s, life_s = self._ttft_s, self._ttft_s + self._decode_s
-        rate = self._rate(now) / replicas * (1.0 + strangers_each)
+        rate = self._rate(now) / max(replicas, 1) * (1.0 + strangers_each)
         busy = min(rate * self._prefill_s, _BUSY)
         return Prices(
             decode=ttft_s / (ttft_s + life_s),

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import field
 from enum import StrEnum
 
+from extproc.core.account import Account, Allowance
 from extproc.core.record import record
 from extproc.core.settings import PoolSettings
 
@@ -75,6 +76,8 @@ class Request:
     """What holding it takes up."""
     subset: frozenset[str] | None = None
     """Only these endpoints (`ip:port` or `ip`) may be chosen; None is no restriction, empty is none allowed."""
+    account: Account | None = None
+    """Whose limits it is counted for; None where there are no tenants, and for what is not counted."""
 
 
 @record
@@ -221,6 +224,8 @@ class Progressed:
     """From the client's request; None while no body byte has come."""
     replica_ttft_s: float | None
     response_bytes: int
+    served: str | None = None
+    """`ip:port` that has it now, after retries; None where the proxy does not tell."""
 
 
 class Probe(StrEnum):
@@ -279,6 +284,8 @@ class PeerLoad:
     """Seconds of prefill among them that the replica has yet to do, when it was told; the work of others not counted in."""
     context_tokens: float
     """KV cache tokens that they hold, expected on average over their lives."""
+    prefilling: int = 0
+    """Of the requests, those whose first token is still to come."""
 
 
 @record
@@ -316,12 +323,22 @@ class PeerJudged:
 
 
 @record
+class TenantServed:
+    """Tokens that one router has charged a tenant for requests of one priority since it began."""
+
+    tenant: str | None
+    """None for all who are unknown."""
+    priority: int
+    tokens: float
+
+
+@record
 class PeerServed:
-    """Tokens that another router has charged to tenants since it began. Only ever grows; None is not among the tenants."""
+    """What another router has charged tenants since it began; what it did not name is as it was."""
 
     pool: str
     peer: str
-    tokens: Mapping[str, float]
+    tenants: tuple[TenantServed, ...]
 
 
 @record
@@ -346,6 +363,14 @@ PeerFact = PeerReported | PeerJudged | PeerServed | PeerGone
 
 
 @record
+class GpuUsed:
+    """How much the pool's GPUs are used, 0 to 1; None where that is no longer known."""
+
+    pool: str
+    share: float | None
+
+
+@record
 class Stalled:
     """The router stood still, and heard nothing of what happened meanwhile: that silence counts against nobody."""
 
@@ -362,6 +387,7 @@ Fact = (
     | DrainAsked
     | DrainEnded
     | Configured
+    | GpuUsed
     | Stalled
     | PeerFact
     | Placed
@@ -384,6 +410,11 @@ class Refusal(StrEnum):
     SLO = "slo"  # its first token cannot come within the time that the client set
     STOPPING = "stopping"  # held, and this process ends
     OVERLOADED = "overloaded"  # too much is in flight, or being read, for this process
+    RATE_LIMITED = "rate_limited"  # the tenant's requests a minute
+    TOKENS_LIMITED = "tokens_limited"  # the tenant's tokens a minute
+    CONCURRENCY = "concurrency"  # the tenant's requests in flight
+    PROMPT_TOO_LONG = "prompt_too_long"  # for the tenant's tier
+    LIMITS_UNKNOWN = "limits_unknown"  # what the routers count together cannot be reached
 
 
 @record
@@ -453,6 +484,8 @@ class Route:
     decision: Decision
     patience_s: float | None = None
     """How long one replica may take to begin its response before the next is tried; None for as long as it likes."""
+    allowance: Allowance | None = None
+    """What is left to the tenant after this request; None where it is not counted."""
 
 
 @record
@@ -463,7 +496,11 @@ class Reject:
     model: str | None = None
     known_models: tuple[str, ...] = ()
     retry_after_s: float | None = None
-    """When to come again, by the rate at which the queue drains; None where nothing tells."""
+    """When to come again, by the rate at which the queue drains or the limit recovers; None where nothing tells."""
+    allowance: Allowance | None = None
+    """What is left to the tenant; None where the request is not counted."""
+    limit: int | None = None
+    """The limit that was exceeded, for the text."""
 
 
 @record

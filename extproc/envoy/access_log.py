@@ -54,7 +54,7 @@ def read_entry(entry: LogEntry) -> Finished | Progressed | None:
         return None
     if entry.kind == PERIODIC or entry.intermediate:
         ttft, replica_ttft = _seconds(entry.ttft_us), _seconds(entry.replica_ttft_us)
-        return Progressed(entry.flight, ttft, replica_ttft, entry.response_bytes)
+        return Progressed(entry.flight, ttft, replica_ttft, entry.response_bytes, entry.served)
     outcome = Outcome(
         end=end_of(entry.flags, entry.status, entry.broken),
         status=entry.status,

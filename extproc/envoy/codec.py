@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import DecodeError
 from google.protobuf.struct_pb2 import Struct, Value
 
@@ -35,6 +36,7 @@ from extproc.envoy.names import (
     COMPLETION_TOKENS,
     DESTINATION,
     FLIGHT,
+    JWT_NAMESPACE,
     LB_NAMESPACE,
     NAMESPACE,
     PATIENCE_HEADER,
@@ -112,13 +114,21 @@ def _head(request: pb.ProcessingRequest, wanted: frozenset[str]) -> Head:
         if (key := header.key) in wanted:
             found[key] = header.raw_value.decode("utf-8", "replace") or header.value
     length = found.get("content-length", "")
+    told = request.HasField("metadata_context")
     return Head(
         method=found.get(":method", ""),
         path=found.get(":path", ""),
         content_length=int(length) if length.isdecimal() and len(length) < 20 else None,
         headers=found,
-        subset=_subset(request) if request.HasField("metadata_context") else None,
+        subset=_subset(request) if told else None,
+        claims=_claims(request) if told else None,
     )
+
+
+def _claims(request: pb.ProcessingRequest) -> dict[str, Any] | None:
+    """What the proxy's JWT filter left, as plain values."""
+    payloads = request.metadata_context.filter_metadata.get(JWT_NAMESPACE)
+    return None if payloads is None else MessageToDict(payloads)
 
 
 def _mode(request: pb.ProcessingRequest) -> Mode:
@@ -189,6 +199,8 @@ def _set_destination(command: SetDestination) -> bytes:
     ours[FLIGHT].string_value = steer.flight
     if steer.strip_usage:
         ours[STRIP_USAGE].bool_value = True
+    for key, value in steer.ratelimit:
+        ours[key].string_value = value
     if large is None:
         return response.SerializeToString()
     return wire.with_new_body(response.SerializeToString(), large)

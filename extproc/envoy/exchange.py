@@ -70,6 +70,8 @@ class Head:
     """Only those asked for, by lower-case name."""
     subset: frozenset[str] | None = None
     """Endpoints that the proxy allows; None is no restriction, empty is none allowed."""
+    claims: Mapping[str, object] | None = None
+    """Payloads of verified tokens by the name under which the proxy keeps them; None where it sent none."""
 
 
 @record
@@ -87,6 +89,8 @@ class Steer:
     """Which cluster, where there are several."""
     patience_s: float | None = None
     """How long a replica may take to begin its response before the proxy asks the next; None for as long as it likes."""
+    ratelimit: tuple[tuple[str, str], ...] = ()
+    """Headers that the proxy is to add to the response."""
 
 
 @record

@@ -36,8 +36,16 @@ POOL_HEADER = "x-extproc-pool"
 """Request header that selects the cluster when there are several pools; removed before the replica."""
 REPLICA_HEADER = "x-extproc-replica"
 """Response header, when switched on: who answered."""
+RATELIMIT_HEADERS = tuple(
+    f"x-ratelimit-{what}-{of}" for of in ("requests", "tokens") for what in ("limit", "remaining", "reset")
+)
+"""Response headers that tell what is left to a tenant, by OpenAI's names; and keys of the same names in our metadata."""
+JWT_NAMESPACE = "envoy.filters.http.jwt_authn"
+"""Dynamic metadata in which Envoy's jwt_authn filter leaves the claims of a token."""
 SERVICE_CLUSTER = "extproc"
 """Envoy's cluster for extproc itself."""
+LOG_CLUSTER = "extproc_log"
+"""The same address once more, for the access log: what ends the streams of a process that hangs must not lose entries on their way."""
 
 PATIENCE_HEADER = "x-envoy-upstream-rq-per-try-timeout-ms"
 """Request header, milliseconds: Envoy's router gives a replica so long to begin its response, then asks the next; it takes the header away."""

@@ -10,6 +10,9 @@ import grpc as untyped
 grpc: Any = untyped
 EOF: Any = grpc.aio.EOF
 NOT_FOUND: Any = grpc.StatusCode.NOT_FOUND
+INVALID_ARGUMENT: Any = grpc.StatusCode.INVALID_ARGUMENT
+RESOURCE_EXHAUSTED: Any = grpc.StatusCode.RESOURCE_EXHAUSTED
+UNAVAILABLE: Any = grpc.StatusCode.UNAVAILABLE
 
 Service = Any  # grpc.GenericRpcHandler
 

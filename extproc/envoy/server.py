@@ -29,6 +29,7 @@ from extproc.envoy.exchange import (
     Decided,
     Delayed,
     Exchange,
+    Head,
     IllegalEvent,
     Refuse,
     Respond,
@@ -99,7 +100,7 @@ class Complaints:
 
 
 class Server:
-    """The three gRPC services on one address."""
+    """The gRPC services on one address."""
 
     def __init__(
         self,
@@ -109,10 +110,15 @@ class Server:
         clock: Clock,
         on_decided: Callable[[float], None] = lambda _seconds: None,
         reader: Reader | None = None,
+        before: Callable[[Head], Awaitable[None]] | None = None,
+        also: tuple[rpc.Service, ...] = (),
     ) -> None:
         """`on_decided` gets the seconds that each decision took, the reading of the body included unless `reader` read it: those above
-        `requests.large_body_bytes`.
+        `requests.large_body_bytes`. `before` is awaited before each decision. `also`: further
+        services on the address.
         """
+        self._also = also
+        self._before = before
         self._address = config.listen.grpc
         self._limit = config.requests.max_body_bytes + HEADROOM_BYTES
         self._intake = intake
@@ -142,7 +148,7 @@ class Server:
     async def start(self) -> str:
         """Listen; returns the address bound, with the port chosen where 0 was asked for. Raises RuntimeError when it is taken."""
         self.health = Health()
-        self._server = rpc.server([*self._services(), self.health.service()], self._limit)
+        self._server = rpc.server([*self._services(), *self._also, self.health.service()], self._limit)
         port = self._server.add_insecure_port(self._address)
         await self._server.start()
         if self._address.startswith("unix:"):
@@ -281,11 +287,16 @@ class Server:
 
     async def _decided(self, command: Decide, exchange: Exchange, context: rpc.Context) -> Answer | Hold:
         body, intake = command.body, self._intake
+        if self._before is not None:
+            await self._before(command.head)
         if body is None or len(body) <= self._large_bytes:
             return self._decide(lambda now: intake.decide(command.head, body, now, command.rewritable))
+        task = intake.task(command.head, command.rewritable)
+        if isinstance(task, Refuse):
+            return task
         # At once, although most are read in less time than the proxy waits by itself: a message is nothing beside such a body.
         await self._perform(exchange.on(Delayed(self._budget_s)), exchange, context)
-        reading = await self._reader.read(intake.task(command.head, command.rewritable), body)
+        reading = await self._reader.read(task, body)
         if reading is NotRead.BUSY:
             self.streams.overloaded += 1
             return OVERLOADED
@@ -293,7 +304,7 @@ class Server:
             self.streams.failed += 1
             self._complaints.about("a large body could not be read; the request passes unrouted", repr(self._reader))
             return PASS
-        return self._decide(lambda now: intake.decide_read(command.head, body, reading, now))
+        return self._decide(lambda now: intake.decide_read(command.head, body, reading, now, command.rewritable))
 
     def _decide(self, choose: Callable[[float], Answer | Hold]) -> Answer | Hold:
         began = self._clock()

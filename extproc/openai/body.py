@@ -94,6 +94,13 @@ def add_usage(body: bytes) -> Change:
     return Change(end, end, b',"stream_options":{"include_usage":true}')
 
 
+def salted(body: bytes | memoryview, salt: str) -> bytes:
+    """The body with `cache_salt`. Where it has that key already there are two, and readers of JSON take the last, vLLM's too."""
+    data = bytes(body)
+    end = data.rindex(b"}")
+    return b"".join((data[:end], b',"cache_salt":"', salt.encode("ascii"), b'"', data[end:]))
+
+
 def change_usage(body: bytes) -> Change | None:
     """Replace the value of the top-level `stream_options`; None where it is spelled so oddly that it is not found.
 

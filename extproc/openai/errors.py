@@ -13,6 +13,7 @@ import orjson
 
 from extproc.core.record import record
 from extproc.core.types import Refusal, Reject
+from extproc.openai.ratelimit import allowance_headers
 
 MAX_NAME = 128
 """Characters of a model name that are repeated to the client."""
@@ -20,6 +21,8 @@ MAX_ALIASES = 20
 """Model names listed in one error."""
 
 UNAVAILABLE = "Service Unavailable"
+LIMITED = "rate_limit_exceeded"
+"""OpenAI's code where a client has used up its limit; the type then says of what."""
 CONTENTION = "rate_limit_error"
 """OpenAI's type for 429; vLLM 0.32 has no answer of that status."""
 
@@ -51,6 +54,13 @@ class _Answer:
     type: str
     message: Callable[[Reject], str]
     param: str | None = None
+    code: str | None = None
+    """What stands under `code`; None for the status, as vLLM has it."""
+
+
+def _of_limit(text: str) -> Callable[[Reject], str]:
+    """`text` with the limit, where it is known."""
+    return lambda reject: text.format(limit="" if reject.limit is None else f" of {reject.limit}")
 
 
 def _unknown_model(reject: Reject) -> str:
@@ -91,6 +101,27 @@ ANSWERS: Mapping[Refusal, _Answer] = {
     Refusal.SLO: _Answer(
         429, CONTENTION, lambda _: "The first token cannot come within the time asked for. Please try again later."
     ),
+    Refusal.RATE_LIMITED: _Answer(
+        429,
+        "requests",
+        _of_limit("Rate limit{limit} requests per minute reached. Please try again later."),
+        code=LIMITED,
+    ),
+    Refusal.TOKENS_LIMITED: _Answer(
+        429, "tokens", _of_limit("Rate limit{limit} tokens per minute reached. Please try again later."), code=LIMITED
+    ),
+    Refusal.CONCURRENCY: _Answer(
+        429, "requests", _of_limit("Limit{limit} requests at one time reached. Please try again later."), code=LIMITED
+    ),
+    Refusal.PROMPT_TOO_LONG: _Answer(
+        400,
+        "BadRequestError",
+        _of_limit("The prompt is longer than your limit{limit} tokens. Please reduce its length."),
+        code="context_length_exceeded",
+    ),
+    Refusal.LIMITS_UNKNOWN: _Answer(
+        503, UNAVAILABLE, lambda _: "Your rate limit cannot be checked at this time. Please try again later."
+    ),
 }
 """The one place where a refusal gets its status: 429 for contention, which the client can outwait, 503 for absence."""
 
@@ -108,8 +139,17 @@ def of_refusal(reject: Reject) -> HttpError:
     """
     answer = ANSWERS[reject.refusal]
     retry_after_s = 1.0 if reject.retry_after_s is None else reject.retry_after_s
-    headers = (("retry-after", str(max(1, math.ceil(retry_after_s)))),) if answer.status in (429, 503) else ()
-    return _error(answer.status, answer.message(reject), answer.type, answer.param, headers)
+    # Less a microsecond: what comes back in 6 s shall not be 7 for a rounding error.
+    retry_after = str(max(1, math.ceil(retry_after_s - 1e-6)))
+    waits = (("retry-after", retry_after),) if answer.status in (429, 503) else ()
+    headers = (*waits, *allowance_headers(reject.allowance))
+    return _error(answer.status, answer.message(reject), answer.type, answer.param, headers, answer.code)
+
+
+def unauthorized(presented: bool) -> HttpError:
+    """The response to a client that is not known, in OpenAI's words; `presented`: it gave a key, which is not repeated."""
+    text = "Incorrect API key provided." if presented else "You did not provide an API key."
+    return _error(401, text, "invalid_request_error", None, (("www-authenticate", "Bearer"),), "invalid_api_key")
 
 
 def too_large(limit_bytes: int) -> HttpError:
@@ -124,7 +164,12 @@ def printable(name: str) -> str:
 
 
 def _error(
-    status: int, message: str, kind: str, param: str | None, headers: tuple[tuple[str, str], ...] = ()
+    status: int,
+    message: str,
+    kind: str,
+    param: str | None,
+    headers: tuple[tuple[str, str], ...] = (),
+    code: str | None = None,
 ) -> HttpError:
-    body = orjson.dumps({"error": {"message": message, "type": kind, "param": param, "code": status}})
+    body = orjson.dumps({"error": {"message": message, "type": kind, "param": param, "code": code or status}})
     return HttpError(status, body, (("content-type", "application/json"), *headers))

@@ -59,9 +59,10 @@ class Prompt:
     """Prompts in the request; each runs as a sequence of its own."""
 
 
-def seed(model: str, salt: str | None) -> bytes:
-    """What a chain starts from: prompts for another model, LoRA adapter or tenant salt share no hash."""
-    return _utf8(model) + _FIELD + _utf8(salt or "")
+def seed(model: str, salt: str | None, tenant: str = "") -> bytes:
+    """What a chain starts from: prompts for another model, LoRA adapter, `cache_salt` or tenant share no hash."""
+    start = _utf8(model) + _FIELD + _utf8(salt or "")
+    return start + _FIELD + _utf8(tenant) if tenant else start
 
 
 def of_chat(messages: list[dict[str, Any]], tools: list[Any] | None = None) -> Prompt:

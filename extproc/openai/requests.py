@@ -47,6 +47,8 @@ class Parsed:
     """The client itself asked for usage in the stream."""
     has_stream_options: bool = False
     """The body has that key already, possibly null."""
+    cache_salt: str | None = None
+    """As the client gave it; read only where `Limits.salt` is set."""
 
 
 @record
@@ -57,6 +59,8 @@ class Limits:
     """Deepest nesting; beyond, the body is refused."""
     max_blocks: int = MAX_BLOCKS
     """Most blocks of the prompt's chain, which ends there."""
+    salt: str = ""
+    """Seeds the chain beside what the body says: the tenant, where prompts of two tenants must not match."""
 
 
 DEFAULT = Limits()
@@ -82,7 +86,7 @@ def read(
     if body is None:
         return Parsed(Request(api=api, prompt_bytes=content_length))
     try:
-        return _read(api, bodies.load(body, limits.max_depth), limits.max_blocks)
+        return _read(api, bodies.load(body, limits.max_depth), limits)
     except Invalid as e:
         return e.bad
 
@@ -113,14 +117,14 @@ def _api(method: str, path: str) -> Api:
     return _APIS.get(path.partition("?")[0], Api.OTHER)
 
 
-def _read(api: Api, data: dict[str, Any], max_blocks: int) -> Parsed:
+def _read(api: Api, data: dict[str, Any], limits: Limits) -> Parsed:
     asked = _PROMPTS[api](data)  # first: where prompt and model are missing, vLLM tells of the prompt
     model = _model(data)
     has_options = api in _USAGE_APIS and "stream_options" in data
     request = Request(
         api=api,
         model=model,
-        blocks=chain(prompt.seed(model, _salt(api, data)), asked.canonical, max_blocks),
+        blocks=chain(prompt.seed(model, _salt(api, data), limits.salt), asked.canonical, limits.max_blocks),
         prompt_bytes=asked.size,
         prompt_tokens=asked.tokens,
         max_output_tokens=_LIMITS[api](data),
@@ -129,7 +133,8 @@ def _read(api: Api, data: dict[str, Any], max_blocks: int) -> Parsed:
         session=_session(data),
         priority=-(fields.integer(data, "priority") or 0),  # lower goes first there, higher goes first here
     )
-    return Parsed(request, has_options and _asks_usage(data), has_options)
+    salt = data.get("cache_salt") if limits.salt else None
+    return Parsed(request, has_options and _asks_usage(data), has_options, salt if isinstance(salt, str) else None)
 
 
 def _model(data: dict[str, Any]) -> str:

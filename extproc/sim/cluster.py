@@ -34,10 +34,12 @@ from extproc.core.types import (
 )
 from extproc.core.types import Turn as EndOfWait
 from extproc.openai import errors
+from extproc.sim.elastic import Elastic, Scaling
 from extproc.sim.engine import EngineRequest, Token
 from extproc.sim.incidents import Incident, Kind, newcomers
 from extproc.sim.node import Node, NodeSpec
-from extproc.sim.sidecar import MODEL, Sidecar, Wiring
+from extproc.sim.sharing import Store
+from extproc.sim.sidecar import MODEL, POOL, Sidecar, Wiring
 from extproc.sim.timeline import Timeline
 from extproc.sim.traces import Trace, Turn
 
@@ -56,9 +58,13 @@ class Scenario:
     trace: Trace
     fleet: tuple[NodeSpec, ...]
     routers: int = 1
-    """Requests are dealt to them in turn; they do not talk."""
+    """Requests are dealt to them in turn. They talk where `wiring.sharing` says so."""
+    router_deaths: tuple[tuple[float, int], ...] = ()
+    """At what second the process of which router (from 1) ends. Its clients go to the others, who learn nothing of its flights."""
     wiring: Wiring = field(default_factory=Wiring)
     incidents: tuple[Incident, ...] = ()
+    scaling: Scaling | None = None
+    """Who decides how many of the replicas there are; None where all are, from the start."""
     oracle_lengths: bool = False
     """Each request's `max_tokens` is its true output length."""
     slo_ttft_s: float | None = None
@@ -146,6 +152,8 @@ class Result:
     sidecars: tuple[Sidecar, ...]
     lasted_s: float
     """Virtual time from the start to the last end."""
+    elastic: Elastic | None = None
+    """What became of the number of replicas, where somebody decided on it."""
 
 
 class Cluster:
@@ -160,14 +168,17 @@ class Cluster:
         self._nodes = {spec.replica.address: Node(spec, timeline, self) for spec in scenario.fleet}
         self._places = tuple(self._nodes.values())
         absent = newcomers(scenario.incidents)
+        if scenario.scaling is not None:
+            absent |= set(range(scenario.scaling.initial + 1, len(self._places) + 1))
         members = tuple(n.spec.replica for place, n in enumerate(self._places, 1) if place not in absent)
         for place in absent:
             self._places[place - 1].up = False
-        self._sidecars = tuple(
-            Sidecar(
-                i, self._nodes, members, policy, options or {}, scenario.wiring, timeline, scenario.seed, self._turned
-            )
-            for i in range(scenario.routers)
+        sharing = scenario.wiring.sharing
+        store = Store(POOL, sharing.expiry_s) if sharing is not None and scenario.routers > 1 else None
+        wired = options or {}, scenario.wiring, timeline, scenario.seed, self._turned, store
+        self._sidecars = tuple(Sidecar(i, self._nodes, members, policy, *wired) for i in range(scenario.routers))
+        self._elastic = (
+            Elastic(scenario.scaling, self._places, self._sidecars, timeline) if scenario.scaling is not None else None
         )
         sizes = {spec.engine.block_size for spec in scenario.fleet}
         if len(sizes) != 1 or trace.block_size % min(sizes):
@@ -197,6 +208,8 @@ class Cluster:
             self._timeline.at(at, self._arrive, number)
         for incident in self._scenario.incidents:
             self._timeline.at(incident.at_s, self._befall, incident)
+        for at, router in self._scenario.router_deaths:
+            self._timeline.at(at, self._router_dies, router - 1)
         self._timeline.at(0.0, self._note_loads)
 
     def run(self, progress: Callable[[int], object] = int) -> Result:
@@ -212,17 +225,32 @@ class Cluster:
                 progress(told)
         lasted_s = timeline.now
         until = lasted_s + self._scenario.wiring.log_flush_interval_s + self._scenario.wiring.completion_delay_s + 1e-9
-        while timeline.now <= until and any(s.router.in_flight for s in self._sidecars):
+        while timeline.now <= until and any(s.router.in_flight for s in self._sidecars if s.alive):
             timeline.step()
         self._check()
         progress(turns)
-        return Result(self._served, self._places, self._sidecars, lasted_s)
+        if self._elastic is not None:
+            self._elastic.end(lasted_s)
+        return Result(self._served, self._places, self._sidecars, lasted_s, self._elastic)
+
+    @property
+    def sidecars(self) -> tuple[Sidecar, ...]:
+        """The routers, to be looked at."""
+        return self._sidecars
+
+    def until(self, seen: Callable[[float], bool]) -> float:
+        """Go on until something is seen at the present second, which is returned, or to the last end. Instead of `run`."""
+        while not seen(self._timeline.now) and len(self._served) < len(self._trace.turns):
+            self._timeline.step()
+        return self._timeline.now
 
     def _check(self) -> None:
         for node in self._places:
             node.check()
         for sidecar in self._sidecars:
             sidecar.router.check()
+            if not sidecar.alive:
+                continue
             assert sidecar.router.in_flight == 0, sidecar
             assert sidecar.router.holding == 0, sidecar
         assert sorted(s.turn for s in self._served) == list(range(len(self._trace.turns)))
@@ -231,11 +259,16 @@ class Cluster:
 
     def _arrive(self, number: int) -> None:
         turn = self._trace.turns[number]
-        router = self._arrived % len(self._sidecars)
+        call = self._calls[number] = _Call(number, turn, self._timeline.now, 0)
+        self._ask(call)
+
+    def _ask(self, call: _Call) -> None:
+        """The proxy asks one of the routers that are there, each in its turn."""
+        alive = [number for number, sidecar in enumerate(self._sidecars) if sidecar.alive]
+        router = call.router = alive[self._arrived % len(alive)]
         self._arrived += 1
-        call = self._calls[number] = _Call(number, turn, self._timeline.now, router)
         sidecar = self._sidecars[router]
-        verdict = sidecar.arrive(self._request(number, turn, turn.hashes()))
+        verdict = sidecar.arrive(self._request(call.number, call.turn, call.turn.hashes()))
         if isinstance(verdict, Wait):
             call.waits = True
             self._held[router, verdict.ticket] = call
@@ -415,6 +448,12 @@ class Cluster:
                     sidecar.joined(node.spec.replica)
             case _:
                 return
+
+    def _router_dies(self, router: int) -> None:
+        """Those that it held are asked for again elsewhere; what it had sent off goes on by itself."""
+        self._sidecars[router].die()
+        for key in [key for key in self._held if key[0] == router]:
+            self._ask(self._held.pop(key))
 
     def _break_off(self, node: Node) -> None:
         """What runs there is lost: its headers are out, so the proxy cannot send it elsewhere."""

@@ -86,6 +86,22 @@ class Node:
             past.busy_s,
         )
 
+    @property
+    def busy_s(self) -> float:
+        """Seconds with a step under way, since the start, that step included so far."""
+        under_way = self._step is not None and not self.hung
+        return self._past.busy_s + (self._timeline.now - self._awake_since if under_way else 0.0)
+
+    @property
+    def requests(self) -> int:
+        """Requests there, running or waiting."""
+        return len(self._here)
+
+    @property
+    def waiting(self) -> int:
+        """Of these, those that wait."""
+        return self._engine.waiting
+
     def _begin(self) -> None:
         """A fresh process."""
         self._engine = Engine(self._config())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Final
 
@@ -18,6 +18,7 @@ from extproc.core.admission.settings import QueueSettings
 from extproc.core.health.settings import HealthSettings
 from extproc.core.observers import Ended, Quiet
 from extproc.core.router import PoolSettings, Router
+from extproc.core.scaling.settings import ScalingSettings
 from extproc.core.types import (
     Add,
     Decision,
@@ -27,9 +28,11 @@ from extproc.core.types import (
     Fact,
     NotSampled,
     Outcome,
+    PeerReported,
     Probe,
     Probed,
     Progressed,
+    Remove,
     Replica,
     Request,
     Reset,
@@ -40,6 +43,7 @@ from extproc.core.types import (
     Verdict,
 )
 from extproc.sim.node import Node
+from extproc.sim.sharing import Sharing, Store, Word, word
 from extproc.sim.timeline import Timeline
 
 POOL: Final = "default"
@@ -66,6 +70,8 @@ class Wiring:
     progress_interval_s: float | None = EnvoyConfig().progress_interval_s
     """Between the entries of a request that runs; None for none."""
     flight_ttl_s: float = Requests().flight_ttl_s
+    scaling: ScalingSettings | None = None
+    """How many replicas the router says there should be; None where it says nothing."""
     queue: QueueSettings = field(default_factory=QueueSettings)
     """What the router holds requests by; `NO_QUEUE` places each at once."""
     health: HealthSettings = field(default_factory=HealthSettings)
@@ -73,6 +79,8 @@ class Wiring:
     """Between checks of a replica that seems well."""
     doubt_interval_s: float = Health().doubt_interval_s
     """Between checks of one that does not."""
+    sharing: Sharing | None = None
+    """How it talks with the other routers; None where they do not."""
     prior_error: float = 1.0
     """The router begins with step times wrong by this factor."""
     prior_error_every: int = 1
@@ -126,12 +134,16 @@ class Sidecar:
         timeline: Timeline,
         seed: int,
         turned: Callable[[int, Turn], object],
+        store: Store | None = None,
     ) -> None:
         """`nodes`: every replica that is or will be; `members`: those known at the start.
 
-        `turned` is told this router's number and the end of each wait.
+        `turned` is told this router's number and the end of each wait. `store`: where it meets the others; None for nowhere.
         """
         self.wiring = wiring
+        self.alive = True
+        self._store = store
+        self._beats = Random(f"{seed}/beats/{number}")
         self._timeline = timeline
         self._number = number
         self._turned = turned
@@ -151,6 +163,8 @@ class Sidecar:
             self._distrust(member.address)
             self._watch(member.address)
         timeline.at(TICK_S, self._tick)
+        if store is not None and wiring.sharing is not None:
+            timeline.at(self._beats.random() * wiring.sharing.beat_s, self._beat, wiring.sharing)
 
     def __repr__(self) -> str:
         return f"<sidecar {self.router!r} {len(self._entries)} entries to flush>"
@@ -163,6 +177,8 @@ class Sidecar:
 
     def ask_turns(self) -> None:
         """Hand out the waits that end now. To be called after whatever may free a place or take one."""
+        if not self.alive:
+            return
         for turn in self.router.turns(self._timeline.now):
             self._turned(self._number, turn)
         named = self.router.next_wakeup() if self.router.holding else None
@@ -178,6 +194,8 @@ class Sidecar:
 
     def log(self, entry: tuple[str, Outcome] | Progressed) -> None:
         """The proxy writes an access log entry: the end of a flight, or how it goes."""
+        if not self.alive:
+            return
         if not self._entries:
             self._timeline.at(self._next_flush(), self._flushed)
         self._entries.append(entry)
@@ -211,6 +229,11 @@ class Sidecar:
         self._distrust(replica.address)
         self._watch(replica.address)
 
+    def left(self, address: str) -> None:
+        """Discovery no longer lists it."""
+        self._watched.pop(address, None)
+        self._learn(Remove(POOL, address))
+
     def drains(self, address: str) -> None:
         """Somebody asks that the replica get nothing new."""
         self._learn(DrainAsked(POOL, address))
@@ -222,9 +245,40 @@ class Sidecar:
         if member is not None and error != 1.0 and self._places[address] % self.wiring.prior_error_every == 0:
             member.speed.prior = member.speed.prior.scaled(error, error)
 
+    # --- other routers ------------------------------------------------------------------------------------------------
+
+    def die(self) -> None:
+        """Its process ends; whatever it held or had in flight is nobody's from now on."""
+        self.alive = False
+
+    def _beat(self, sharing: Sharing) -> None:
+        if not self.alive:
+            return
+        now = self._timeline.now
+        if self._beats.random() >= sharing.loss:
+            said = word(self.router, POOL, sharing, now)
+            self._timeline.at(now + sharing.delay_s, self._exchange, (said, sharing.delay_s))
+        self._timeline.at(now + sharing.beat_s, self._beat, sharing)
+
+    def _exchange(self, message: tuple[Word, float]) -> None:
+        said, back_s = message
+        assert self._store is not None
+        facts = self._store.exchange(self._number, said, self._timeline.now)
+        self._timeline.at(self._timeline.now + back_s, self._hear, (facts, back_s))
+
+    def _hear(self, message: tuple[list[Fact], float]) -> None:
+        facts, age_s = message
+        for fact in facts:
+            if isinstance(fact, PeerReported):
+                fact = replace(fact, age_s=fact.age_s + age_s)
+            self.router.learn(fact, self._timeline.now)
+        self.ask_turns()
+
     # --- recurring ----------------------------------------------------------------------------------------------------
 
     def _tick(self, _: object) -> None:
+        if not self.alive:
+            return
         self.router.expire(self._timeline.now)
         self.ask_turns()
         self._timeline.at(self._timeline.now + TICK_S, self._tick)
@@ -234,15 +288,18 @@ class Sidecar:
             watched = self._watched[address] = _Watched(self._nodes[address])
             self._scrape_in(watched, self._rng.random() * self.wiring.scrape_interval_s)
             first_s = self._phases.random() * self.wiring.doubt_interval_s
-            self._timeline.at(self._timeline.now + first_s, self._check, watched.node)
+            self._timeline.at(self._timeline.now + first_s, self._check, watched)
 
-    def _check(self, node: Node) -> None:
+    def _check(self, watched: _Watched) -> None:
         """Whether it lives and lists its model. A hung one does both: its HTTP server is another process than its engine."""
+        node = watched.node
+        if self._watched.get(node.address) is not watched:
+            return  # no member any more
         well = node.up
         for probe in (Probe.LIVE, Probe.READY):
             self._learn(Probed(POOL, node.address, probe, well))
         interval_s = self.wiring.health_interval_s if well else self.wiring.doubt_interval_s
-        self._timeline.at(self._timeline.now + interval_s, self._check, node)
+        self._timeline.at(self._timeline.now + interval_s, self._check, watched)
 
     def _scrape_in(self, watched: _Watched, pause_s: float) -> None:
         watched.due = self._timeline.now + pause_s
@@ -250,13 +307,15 @@ class Sidecar:
 
     def _hurry(self, address: str) -> None:
         """One interval from now, if that is sooner than planned."""
-        watched = self._watched[address]
-        if watched.due > self._timeline.now + self.wiring.scrape_interval_s:
+        watched = self._watched.get(address)
+        if watched is not None and watched.due > self._timeline.now + self.wiring.scrape_interval_s:
             self._scrape_in(watched, self.wiring.scrape_interval_s)
 
     def _scrape(self, watched: _Watched) -> None:
         if self._timeline.now < watched.due or watched.due == -math.inf:
             return
+        if self._watched.get(watched.node.address) is not watched:
+            return  # no member any more
         watched.due = -math.inf  # under way: neither an older plan nor a hurry may start another
         sample = watched.node.sample() if watched.node.up else None
         if self.wiring.scrape_age_s:
@@ -299,4 +358,5 @@ def _pool(policy: str, options: Mapping[str, float | int | str | bool], wiring: 
         stale_after_s=wiring.stale_after_s,
         health=wiring.health,
         queue=wiring.queue,
+        scaling=wiring.scaling,
     )

@@ -21,6 +21,7 @@ from extproc.core.policies import PolicyError, create
 from extproc.sim import fleet_spec, simulate_report
 from extproc.sim.cluster import Cluster, Result, Scenario
 from extproc.sim.incidents import IncidentError, checked, incident
+from extproc.sim.sharing import Sharing
 from extproc.sim.sidecar import NO_QUEUE, Wiring
 from extproc.sim.simulate_report import Load, Slo
 from extproc.sim.traces import Generate, Starts, Trace, TraceError, flooded, generate, load, prioritized
@@ -52,6 +53,7 @@ class Order:
     routers: int = 1
     wiring: Wiring = field(default_factory=Wiring)
     incidents: tuple[str, ...] = ()
+    router_deaths: tuple[tuple[float, int], ...] = ()
     oracle_lengths: bool = False
     priority: float = 0.0
     """Share of the sessions that are urgent."""
@@ -84,7 +86,7 @@ class _Chosen:
 def from_options(**given: Any) -> None:
     """From the options of `extproc simulate`, by their names there. Raises SimulateError."""
     speed_ups = tuple(_factor(part) for text in given["speed_up"] for part in text.split(","))
-    for name in ("sessions_per_s", "scrape_interval", "prior_error"):
+    for name in ("sessions_per_s", "scrape_interval", "prior_error", "beat"):
         if not given[name] > 0:
             raise SimulateError(f"--{name.replace('_', '-')} must be above 0, not {given[name]:g}")
     if not 0 <= given["estimate_error"] <= 3:
@@ -101,6 +103,7 @@ def from_options(**given: Any) -> None:
         prior_error=given["prior_error"],
         estimate_error=given["estimate_error"],
         queue=Wiring().queue if given["queue"] else NO_QUEUE,
+        sharing=Sharing(beat_s=given["beat"], loss=given["beat_loss"]) if given["share"] else None,
     )
     alike = ("trace", "format", "generate", "limit", "fleet", "model_size", "block_size", "routers")
     clients = ("oracle_lengths", "priority", "flood", "ask_ttft")
@@ -114,6 +117,7 @@ def from_options(**given: Any) -> None:
         policies=given["policy"] or DEFAULT_POLICIES,
         wiring=wiring,
         incidents=given["event"],
+        router_deaths=tuple(_router_death(text, given["routers"]) for text in given["router_dies"]),
         slo=Slo(given["slo_ttft"], given["slo_tpot"]),
     )
     console = Console()
@@ -154,6 +158,7 @@ def _scenario(order: Order) -> Scenario:
         routers=order.routers,
         wiring=order.wiring,
         incidents=checked(map(incident, order.incidents), len(fleet)),
+        router_deaths=order.router_deaths,
         oracle_lengths=order.oracle_lengths,
         slo_ttft_s=order.ask_ttft,
         seed=order.seed,
@@ -226,7 +231,8 @@ def _progress(console: Console) -> Progress:
 
 def _title(scenario: Scenario) -> str:
     trace, fleet = scenario.trace, scenario.fleet
-    routers = f", {scenario.routers} routers" if scenario.routers > 1 else ""
+    talk = "that talk" if scenario.wiring.sharing else "that do not talk"
+    routers = f", {scenario.routers} routers {talk}" if scenario.routers > 1 else ""
     return f"{trace.name}: {len(trace.turns):,} requests on {len(fleet)} replicas{routers}, virtual time"
 
 
@@ -283,6 +289,18 @@ def _factor(text: str) -> float:
     if not 0 < factor < math.inf:
         raise SimulateError(f"--speed-up {text}: each must be a number above 0")
     return factor
+
+
+def _router_death(text: str, routers: int) -> tuple[float, int]:
+    """One of `--router-dies`. Raises SimulateError; one router must stay, or nobody answers."""
+    at, _, place = text.partition(":")
+    try:
+        found = float(at), int(place)
+    except ValueError:
+        raise SimulateError(f"--router-dies {text}: write T:ROUTER, as 30:2") from None
+    if not (found[0] >= 0 and 1 <= found[1] <= routers and routers > 1):
+        raise SimulateError(f"--router-dies {text}: of several routers one from 1 to --routers, at a time from 0 on")
+    return found
 
 
 def _value(text: str) -> float | int | str | bool:

@@ -49,8 +49,9 @@ from extproc.envoy.intake import Hold, Intake
 
 POOL = "default"
 REPLICAS = 8
-RATE = 50.0
-"""Requests a virtual second: the fleet is about full, so that some are held."""
+RATES = (50.0, 50.0, 50.0, 200.0)
+"""Requests a virtual second, in waves: in every fourth the fleet says that it is full, and requests are held."""
+WAVE = 2500
 WARM = 0.2
 GROWTH = 1.05
 CHAT = "/v1/chat/completions"
@@ -88,6 +89,7 @@ class Soak:
         self.intake = Intake(self.router, CONFIG, key=b"k")
         self.tally = Tally()
         self.held: dict[str, Hold] = {}
+        self.served: dict[str, str] = {}
         self.due: list[tuple[float, int, str, str]] = []  # time, number, what, flight
         self.addresses = [f"10.0.0.{i}:8000" for i in range(1, REPLICAS + 1)]
         self.joined = REPLICAS
@@ -100,7 +102,7 @@ class Soak:
     def step(self) -> None:
         """One request more."""
         self.tally.sent += 1
-        self.now += self.rng.expovariate(RATE)
+        self.now += self.rng.expovariate(RATES[self._wave])
         self._happen()
         n = self.tally.sent
         if n % 25 == 0:
@@ -123,7 +125,7 @@ class Soak:
             if self.rng.random() < 0.05:
                 self._at(self.rng.expovariate(1.0), "leave", answer.ticket)
         elif isinstance(answer, Steer):
-            self._steered(answer.flight)
+            self._steered(answer)
         else:
             self.tally.refused += 1
 
@@ -134,13 +136,15 @@ class Soak:
         messages = [{"role": "system", "content": head}, {"role": "user", "content": f"{n} {head[: n % 300]}"}]
         return {"model": "m", "messages": messages, "stream": n % 3 > 0, "max_tokens": 1 + n % 500}
 
-    def _steered(self, flight: str) -> None:
+    def _steered(self, steer: Steer) -> None:
+        flight = steer.flight
         self.tally.steered += 1
         end = self.rng.choice(ENDS)
         took = self.rng.expovariate(1.0)
         if self.rng.random() < 0.3:
             self._at(took / 2, "progress", flight)
         if end is not None:
+            self.served[flight] = steer.destination.partition(",")[0]
             self._at(took, end.value, flight)
 
     def _at(self, in_s: float, what: str, flight: str) -> None:
@@ -158,14 +162,13 @@ class Soak:
                     self.intake.leave(self.held.pop(name), at)
             else:
                 self._ends(name, End(what), at)
-        lost = self.router.expire(self.now)
-        if lost:
+        if lost := self.router.expire(self.now):
             self._count("lost", lost)
 
     def _ends(self, flight: str, end: End, at: float) -> None:
         status = {End.OK: 200, End.CLIENT_ERROR: 400, End.CLIENT_GONE: None}.get(end, 503)
         usage = Usage(600, 40, 300) if end is End.OK else None
-        outcome = Outcome(end, status, None, 1, 0.1, 0.1, 0.5, 7000, usage)
+        outcome = Outcome(end, status, self.served.pop(flight), 1, 0.1, 0.1, 0.5, 7000, usage)
         self.router.finish(flight, outcome, at)
         self._count(end.value, 1)
 
@@ -178,7 +181,7 @@ class Soak:
             answer = self.intake.resume(hold, turn.verdict)
             if isinstance(turn.verdict, Route):
                 assert isinstance(answer, Steer)
-                self._steered(answer.flight)
+                self._steered(answer)
             else:
                 self.tally.refused += 1
 
@@ -187,8 +190,13 @@ class Soak:
         if self.rng.random() < 0.02:
             self.router.learn(NotSampled(POOL, address, self.rng.choice(list(ScrapeFailure))), self.now)
             return
-        sample = Sample(5, 0, 0.5, 16, 20_000, self.now * 100, self.now * 10, self.now * 100, self.now * 50, 0.0)
+        waiting = 40 if RATES[self._wave] == max(RATES) else 0
+        sample = Sample(5, waiting, 0.5, 16, 20_000, self.now * 100, self.now * 10, self.now * 100, self.now * 50, 0.0)
         self.router.learn(Sampled(POOL, address, sample), self.now)
+
+    @property
+    def _wave(self) -> int:
+        return self.tally.sent // WAVE % len(RATES)
 
     def _churn(self) -> None:
         """One replica leaves, one that was never there joins."""

@@ -2,7 +2,8 @@
 
 python -m tests.chaos.run [--only FAULT ...] [--docs docs/chaos.md] [--saturation]
 
-Exit status 1 when a target is missed. Files and logs of the run lie in build/chaos/.
+Exit status 1 when a target is missed. Files and logs of the run lie in build/chaos/; the figures of some rows alone go to
+build/chaos-part.json.
 """
 
 from __future__ import annotations
@@ -299,10 +300,11 @@ def main() -> int:
     except (asyncio.CancelledError, KeyboardInterrupt):
         print("ended by a signal")
         return 1
-    OUTPUT.write_text(json.dumps(results.view(), indent=1) + "\n")
+    output = OUTPUT.with_name("chaos-part.json") if given.only else OUTPUT
+    output.write_text(json.dumps(results.view(), indent=1) + "\n")
     if given.docs:
         given.docs.write_text(page(results.view(), {f.name: f.text for f in FAULTS.values()}))
-    print(f"{len(results.rows)} rows in {time.monotonic() - began:.0f} s; figures in {OUTPUT}")
+    print(f"{len(results.rows)} rows in {time.monotonic() - began:.0f} s; figures in {output}")
     for line in results.missed:
         print(f"missed: {line}")
     return 1 if results.missed else 0

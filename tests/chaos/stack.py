@@ -19,7 +19,7 @@ import aiohttp
 import yaml
 
 from extproc.demo.children import Child, Children, answers, beside
-from extproc.envoy.names import SERVICE_CLUSTER
+from extproc.envoy.names import LOG_CLUSTER
 from tests.chaos.load import Load, Requests
 from tests.chaos.relay import Wire
 from tests.chaos.settings import MODEL, TENANT_HEADER, Settings
@@ -29,7 +29,6 @@ from tests.support.waiting import until
 READY_S: Final = 20.0
 END_S: Final = 45.0
 """For an end by SIGTERM: `shutdown_grace_s`, and some."""
-LOG_CLUSTER: Final = "extproc_log"
 WELL: Final = {"hang": False, "fail_with": None, "draining": False, "metrics_delay_s": 0.0, "metrics_garbage": False}
 NORMAL: Final = ("ready", "slow_starting")
 
@@ -183,23 +182,12 @@ class Files:
 def with_log_through(bootstrap: dict[str, Any], port: int) -> dict[str, Any]:
     """The bootstrap with the gRPC access log sent to another port of loopback. Changes and returns it. Raises ValueError without such a log."""
     clusters = bootstrap["static_resources"]["clusters"]
-    cluster = json.loads(json.dumps(next(c for c in clusters if c["name"] == SERVICE_CLUSTER)))
-    cluster["name"] = cluster["load_assignment"]["cluster_name"] = LOG_CLUSTER
-    [endpoint] = cluster["load_assignment"]["endpoints"][0]["lb_endpoints"]
-    endpoint["endpoint"]["address"]["socket_address"]["port_value"] = port
-    clusters.append(cluster)
-    if not (logs := list(_grpc_logs(bootstrap))):
+    logs = [c for c in clusters if c["name"] == LOG_CLUSTER]
+    if not logs:
         raise ValueError("the bootstrap has no gRPC access log; has the rendering changed?")
-    for log in logs:
-        log["typed_config"]["common_config"]["grpc_service"]["envoy_grpc"]["cluster_name"] = LOG_CLUSTER
+    [endpoint] = logs[0]["load_assignment"]["endpoints"][0]["lb_endpoints"]
+    endpoint["endpoint"]["address"]["socket_address"]["port_value"] = port
     return bootstrap
-
-
-def _grpc_logs(bootstrap: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    for listener in bootstrap["static_resources"]["listeners"]:
-        for chain in listener["filter_chains"]:
-            for manager in (f["typed_config"] for f in chain["filters"]):
-                yield from (log for log in manager.get("access_log", []) if log["name"].endswith("http_grpc"))
 
 
 @dataclass(slots=True)

@@ -51,6 +51,7 @@ async def scene(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Scene
 
 @pytest_asyncio.fixture(loop_scope="module", autouse=True)
 async def settles(scene: Scene) -> AsyncIterator[None]:
+    await scene.running.seen()
     yield
     await scene.running.settled()
 

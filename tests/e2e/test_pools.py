@@ -39,6 +39,7 @@ async def running(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Sta
 
 @pytest_asyncio.fixture(loop_scope="module", autouse=True)
 async def settles(running: Stack) -> AsyncIterator[None]:
+    await running.seen()
     yield
     await running.settled()
 

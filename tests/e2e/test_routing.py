@@ -34,6 +34,7 @@ async def running(fleet: list[Replica], tmp_path_factory: pytest.TempPathFactory
 @pytest_asyncio.fixture(loop_scope="module", autouse=True)
 async def settles(running: Stack) -> AsyncIterator[None]:
     """No test leaves a flight open."""
+    await running.seen()
     yield
     await running.settled()
 

@@ -46,7 +46,8 @@ def test_a_running_response_tells_first_token_and_bytes() -> None:
     before = [p for p in progress if p.ttft_s is None]
     after = [p for p in progress if p.ttft_s is not None]
     assert len(before) == 3
-    assert all(p == Progressed("f1", None, None, 0) for p in before)
+    assert all(p == Progressed("f1", None, None, 0, p.served) for p in before)
+    assert {p.served for p in progress} == {progress[0].served} != {None}
     assert all(p.ttft_s and 0.35 <= p.ttft_s < 0.5 for p in after)
     sizes = [p.response_bytes for p in after]
     assert sizes == sorted(sizes)

@@ -333,3 +333,22 @@ def test_a_failure_under_200_is_read(value: Any, broken: bool) -> None:
     message.http_logs.log_entry.append(entry)
     [read] = codec.log_entries(message.SerializeToString())
     assert (read.broken, read.prompt_tokens) == (broken, 3)
+
+
+# --- tenants ----------------------------------------------------------------------------------------------------------
+
+
+def test_claims_come_as_plain_values() -> None:
+    message = request()
+    payload: dict[str, Any] = {"jwt_payload": {"sub": "acme", "org": {"id": "x"}, "roles": ["a"], "exp": 12.0}}
+    message.metadata_context.filter_metadata["envoy.filters.http.jwt_authn"].update(payload)
+    assert headers_of(message).head.claims == payload
+    assert headers_of(request()).head.claims is None
+
+
+def test_what_is_left_to_a_tenant_goes_into_our_metadata() -> None:
+    left = (("x-ratelimit-limit-requests", "10"), ("x-ratelimit-reset-requests", "6s"))
+    response = answered(SetDestination(Part.BODY, Steer("f1", "10.0.0.1:80", ratelimit=left)))
+    ours = response.dynamic_metadata.fields["extproc"].struct_value.fields
+    assert {key: ours[key].string_value for key, _ in left} == dict(left)
+    assert set(ours) == {"flight", "x-ratelimit-limit-requests", "x-ratelimit-reset-requests"}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from extproc.config import Config
+from extproc.config import Config, EnvoyConfig
 from extproc.core.types import Api, End, Outcome, Refusal, Reject, Request, Route
 from extproc.envoy.exchange import Head, Refuse, Steer
 from extproc.envoy.intake import MAX_PRIORITY, FakeRouter, Intake
@@ -125,6 +125,12 @@ def test_the_headers_asked_for() -> None:
 
 def test_a_route_becomes_a_list_of_endpoints() -> None:
     assert steer(prompt(5)) == Steer("f1", "127.0.0.1:1,127.0.0.1:2")
+
+
+def test_for_a_gateway_that_takes_one_address_it_is_the_best() -> None:
+    config = configured().model_copy(update={"envoy": EnvoyConfig(endpoints=1)})
+    answer = Intake(FakeRouter([route(1, 2)]), config).decide(POST, prompt(5), 0.0, True)
+    assert answer == Steer("f1", "127.0.0.1:1")
 
 
 def test_usage_is_asked_for_in_a_stream() -> None:

@@ -20,6 +20,7 @@ from extproc.openai.errors import (
     of_refusal,
     printable,
     too_large,
+    unauthorized,
 )
 from tests.openai.samples import FOLDER, sample
 
@@ -56,12 +57,17 @@ def test_retry_after_is_whole_seconds_and_never_zero(seconds: float, header: str
     assert dict(of_refusal(Reject(Refusal.NO_REPLICAS, retry_after_s=seconds)).headers)["retry-after"] == header
 
 
+CODES = ("rate_limit_exceeded", "context_length_exceeded", "invalid_api_key")
+"""OpenAI's words, where its clients act on them."""
+
+
 @pytest.mark.parametrize(
     "error",
     [
         of_bad_request(BadRequest("no")),
         of_bad_request(BadRequest("no", "Bad Request", "body.model", 422)),
         too_large(1024),
+        unauthorized(presented=True),
         *(of_refusal(Reject(refusal, "m", ("a", "b"))) for refusal in Refusal),
     ],
 )
@@ -69,7 +75,7 @@ def test_every_error_has_the_same_shape(error: HttpError) -> None:
     body = json.loads(error.body)
     assert list(body) == ["error"]
     assert list(body["error"]) == ["message", "type", "param", "code"]
-    assert body["error"]["code"] == error.status
+    assert body["error"]["code"] in (error.status, *CODES)
     assert dict(error.headers)["content-type"] == "application/json"
 
 

@@ -13,6 +13,7 @@ from extproc.pb.envoy.extensions.filters.http.ext_proc.v3 import processing_mode
 from extproc.pb.envoy.service.accesslog.v3 import als_pb2
 from extproc.pb.envoy.service.ext_proc.v3 import external_processor_pb2
 from extproc.pb.envoy.type.v3 import http_status_pb2
+from extproc.pb.externalscaler import externalscaler_pb2
 from extproc.pb.grpc.health.v1 import health_pb2
 from tests.pb.binary import envoy_binary, file_descriptors
 from tests.pb.schema import drift, facts
@@ -136,3 +137,30 @@ def test_health_agrees_with_the_protocol_that_grpc_documents() -> None:
     statuses = ("UNKNOWN", "SERVING", "NOT_SERVING", "SERVICE_UNKNOWN")
     assert [known[f"HealthCheckResponse.ServingStatus.{s}"] for s in statuses] == [0, 1, 2, 3]
     assert health_pb2.HealthCheckResponse(status="SERVING").SerializeToString() == b"\x08\x01"
+
+
+def test_the_external_scaler_agrees_with_keda() -> None:
+    """KEDA's own file, `pkg/scalers/externalscaler/externalscaler.proto`."""
+    file = declared(externalscaler_pb2)
+    known = {name: fact[0] for name, fact in facts(file).items()}
+    assert known["package"] == "externalscaler"
+    numbers = {
+        "ScaledObjectRef": ("name", "namespace", "scalerMetadata"),
+        "IsActiveResponse": ("result",),
+        "GetMetricSpecResponse": ("metricSpecs",),
+        "MetricSpec": ("metricName", "targetSize", "targetSizeFloat"),
+        "GetMetricsRequest": ("scaledObjectRef", "metricName"),
+        "GetMetricsResponse": ("metricValues",),
+        "MetricValue": ("metricName", "metricValue", "metricValueFloat"),
+    }
+    for message, names in numbers.items():
+        assert [known[f"{message}.{name}"] for name in names] == list(range(1, len(names) + 1)), message
+    (service,) = file.service
+    methods = {m.name: (m.input_type, m.output_type, m.server_streaming) for m in service.method}
+    assert service.name == "ExternalScaler"
+    assert methods == {
+        "IsActive": (".externalscaler.ScaledObjectRef", ".externalscaler.IsActiveResponse", False),
+        "StreamIsActive": (".externalscaler.ScaledObjectRef", ".externalscaler.IsActiveResponse", True),
+        "GetMetricSpec": (".externalscaler.ScaledObjectRef", ".externalscaler.GetMetricSpecResponse", False),
+        "GetMetrics": (".externalscaler.GetMetricsRequest", ".externalscaler.GetMetricsResponse", False),
+    }

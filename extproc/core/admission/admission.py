@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from extproc.core.admission.drain import Drain
-from extproc.core.admission.fairness import charge_tokens
+from extproc.core.admission.fairness import Service, charge_tokens
 from extproc.core.admission.queue import Entry, Queue
 from extproc.core.admission.room import Room
 from extproc.core.admission.settings import QueueSettings
@@ -67,6 +67,7 @@ class Admission:
         self._absent_since: float | None = None
         self._wake_at: float | None = None
         self._number = 0
+        self.served = Service()
         self.sent_tokens = 0.0
         """Charged for what was sent off while requests waited, in all."""
         self.starved_tokens = 0.0
@@ -290,6 +291,7 @@ class Admission:
             return
         tokens = charge_tokens(flight.uncached_tokens, flight.output_tokens * flight.samples)
         self.queue.charge(priority, flight.tenant, tokens)
+        self.served.charge(priority, flight.tenant, tokens)
         self._charged[flight.id] = (priority, tokens)
         self._credit = min(self._credit + self.settings.starved_share * tokens, CREDIT_TOKENS)
         self.sent_tokens += tokens
@@ -302,7 +304,18 @@ class Admission:
         if charged is None:
             return
         priority, tokens = charged
-        self.queue.correct(priority, flight.tenant, _used(flight, outcome, output_tokens) - tokens)
+        more = _used(flight, outcome, output_tokens) - tokens
+        self.queue.correct(priority, flight.tenant, more)
+        self.served.charge(priority, flight.tenant, more)
+
+    def charged_elsewhere(self, priority: int, tenant: str | None, tokens: float, now: float) -> None:
+        """Another router charged so much more, or less, than it had told before. It counts while there is a queue here."""
+        if not self.queue and now >= self._recent_until:
+            return
+        if tokens > 0:
+            self.queue.charge(priority, tenant, tokens)
+        else:
+            self.queue.correct(priority, tenant, tokens)
 
 
 def _used(flight: Flight, outcome: Outcome, output_tokens: int | None) -> float:

@@ -16,15 +16,43 @@ from __future__ import annotations
 
 from typing import Final
 
+from extproc.core.types import TenantServed
+
 OUTPUT_WEIGHT: Final = 2.0
 """An output token counts as so many prompt tokens, as in the paper, which follows what providers charge."""
 MAX_TENANTS: Final = 1024
 """Counters kept of tenants with nothing waiting; who has more than others is remembered longest."""
 
+TOLD_TENANTS: Final = 256
+"""Told to other routers: those that were charged last. One that is dropped and comes back starts anew, and they see it so."""
+
 
 def charge_tokens(uncached_tokens: float, output_tokens: float) -> float:
     """What a request is charged, in prompt tokens; at least one, so that nothing is for nothing."""
     return max(uncached_tokens + OUTPUT_WEIGHT * output_tokens, 1.0)
+
+
+class Service:
+    """What tenants were charged here in all, to be told to other routers, which charge it there as well."""
+
+    __slots__ = ("_tokens",)
+
+    def __init__(self) -> None:
+        self._tokens: dict[tuple[int, str | None], float] = {}
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def charge(self, priority: int, tenant: str | None, tokens: float) -> None:
+        """It was given so much more, or less than charged before."""
+        before = self._tokens.pop((priority, tenant), 0.0)
+        self._tokens[priority, tenant] = before + tokens
+        if len(self._tokens) > TOLD_TENANTS:
+            del self._tokens[next(iter(self._tokens))]
+
+    def told(self) -> tuple[TenantServed, ...]:
+        """All that is kept: those charged last."""
+        return tuple(TenantServed(tenant, priority, tokens) for (priority, tenant), tokens in self._tokens.items())
 
 
 class Counters:

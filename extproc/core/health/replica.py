@@ -12,7 +12,7 @@ from collections.abc import Callable
 from extproc.core.health.breaker import Breaker
 from extproc.core.health.settings import HealthSettings
 from extproc.core.health.states import Reason, State
-from extproc.core.types import Probe
+from extproc.core.types import Judgement, Probe
 
 Report = Callable[[State, State, Reason], None]
 """Takes a transition: state before, state after, and why."""
@@ -66,6 +66,9 @@ class Health:
         "_suspect_firm",
         "_suspect_reason",
         "_suspect_until",
+        "_told",
+        "_told_ends_at",
+        "_told_out",
         "_until",
         "restarts",
         "settings",
@@ -94,6 +97,10 @@ class Health:
         self._refused_at: float | None = None
         self._listed, self._asked = drain, False
         self._ends_at = math.inf
+        self._told, self._told_ends_at = False, math.inf
+        """Asked of another router: to drain, and until when."""
+        self._told_out = 0
+        """Other routers that have taken it out, when they last said."""
         self._live, self._model = Streak(), Streak()
         self._breaker = Breaker(settings)
         self._breaker.since = now  # what went to an earlier member of this address says nothing of this one
@@ -146,7 +153,12 @@ class Health:
 
     def drain_left_s(self, now: float) -> float | None:
         """Seconds until it will be taken away; None where no time is known."""
-        return None if self._ends_at == math.inf else max(self._ends_at - now, 0.0)
+        ends_at = self._end
+        return None if ends_at == math.inf else max(ends_at - now, 0.0)
+
+    @property
+    def _end(self) -> float:
+        return min(self._ends_at, self._told_ends_at)
 
     @property
     def waits(self) -> bool:
@@ -168,17 +180,18 @@ class Health:
         """
         if self._left:
             return State.GONE, Reason.LEFT, math.inf
-        if now >= self._ends_at:
+        ends_at = self._end
+        if now >= ends_at:
             return State.GONE, Reason.NOTICE, math.inf
         state, reason, until = self._living(now)
-        return state, reason, min(until, self._ends_at)
+        return state, reason, min(until, ends_at)
 
     def _living(self, now: float) -> tuple[State, Reason, float]:
         if self._refused_at is not None:
             return State.OPEN, Reason.REFUSED, math.inf
-        if self._listed or self._asked:
+        if self._listed or self._asked or self._told:
             return State.DRAINING, Reason.ASKED, math.inf
-        if self._ends_at < math.inf:
+        if self._end < math.inf:
             return State.DRAINING, Reason.NOTICE, math.inf
         if self._live.out or self._model.out:
             return State.OPEN, Reason.CHECKS_FAILED if self._live.out else Reason.NO_MODEL, math.inf
@@ -267,7 +280,7 @@ class Health:
     def _restart(self, now: float) -> None:
         self.restarts += 1
         self._refused_at = None
-        self._ends_at = math.inf  # it was another that was to be taken away
+        self._ends_at = self._told_ends_at = math.inf  # it was another that was to be taken away
         self._live, self._model = Streak(), Streak()
         self._breaker.reset(now)
         self._suspect_until = -math.inf
@@ -373,6 +386,36 @@ class Health:
         if self._asked or self._ends_at < math.inf:
             self._slow(Reason.ANSWERS, now)
         self._asked, self._ends_at = False, math.inf
+        self._settle(now)
+
+    # --- other routers ------------------------------------------------------------------------------------------------
+
+    def judgement(self, address: str, now: float) -> Judgement | None:
+        """What our own evidence has against it, to be told to other routers; None for nothing. What we were told by them
+        is left out: two routers would otherwise confirm each other for ever.
+        """
+        state, reason, _ = self.why(now)
+        shuts = state is State.DRAINING and reason is Reason.SHUTTING_DOWN
+        out = shuts or state is State.OPEN
+        ends_in_s = None if self._ends_at == math.inf else max(self._ends_at - now, 0.0)
+        if not (out or self._asked or ends_in_s is not None):
+            return None
+        return Judgement(address, out, self._asked, ends_in_s)
+
+    def told(self, out: int, draining: bool, ends_at: float | None, now: float) -> None:
+        """What other routers have against it: so many have taken it out, one was asked to drain it, it will be taken away.
+
+        A drain is a wish, and taken over for as long as it is told. That it is out there is evidence at second hand: it is
+        passed over until a page or a check of ours shows otherwise, which for a suspect comes soon; while two say so, for as
+        long as they do.
+        """
+        self._due(now)
+        if self._told and not draining:
+            self._slow(Reason.ANSWERS, now)
+        self._told, self._told_ends_at = draining, math.inf if ends_at is None else ends_at
+        if self._breaker.reason is None and (out > 1 or out > self._told_out):
+            self._suspect(Reason.PEERS, firm=out > 1, now=now)
+        self._told_out = out
         self._settle(now)
 
     def left(self, now: float) -> None:

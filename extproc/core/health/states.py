@@ -35,4 +35,5 @@ class Reason(StrEnum):
     SHUTTING_DOWN = "shutting_down"  # its own 500 or 503 says so
     ASKED = "asked"  # by label, file or admin call
     NOTICE = "notice"  # it will be taken away at a known time
+    PEERS = "peers"  # other routers have taken it out
     LEFT = "left"  # discovery no longer lists it

@@ -22,7 +22,7 @@ class Predicted(Stateless):
     name = "predicted"
 
     def rank(self, ask: Ask, members: Sequence[Member], now: float, rng: Random) -> Ranking:
-        ranked = order(ask, members, lambda m: cost_s(ask, m, now), rng, TOLERANCE_S)
+        ranked = order(ask, members, lambda m: cost_s(ask, m, now), rng, max(TOLERANCE_S, ask.slack_s))
         return Ranking(ranked, self._reason(ask, ranked[0][1], members))
 
     def terms(self, ask: Ask, member: Member, now: float) -> Terms:

@@ -33,30 +33,37 @@ FIRST_FETCH_S = 2.0
 
 
 def extproc(grpc_listener: str) -> cluster.Cluster:
-    """Where ext_proc, the access log and the health check go."""
+    """Where ext_proc and the health check go."""
+    # Ends the streams that a stopped process holds, which the health check does not. gRPC's own threads answer pings, so a busy
+    # event loop is not taken for a dead one.
+    pings = core.KeepaliveSettings(interval=seconds(0.5), timeout=seconds(1.0))
+    service = _service(names.SERVICE_CLUSTER, grpc_listener, core.Http2ProtocolOptions(connection_keepalive=pings))
+    service.health_checks = [_grpc_health()]
+    # A process that hangs keeps its sockets open and its backlog accepting: only a failed check keeps new streams away, and only
+    # without panic. Streams already there go on (Envoy 1.40 drains HTTP connections and does not close them).
+    service.close_connections_on_host_health_failure = True
+    service.common_lb_config = _panic_below(0.0)
+    return service
+
+
+def extproc_log(grpc_listener: str) -> cluster.Cluster:
+    """Where the access log goes. Its stream outlives a process that stops for a while, so that no end of a request is lost."""
+    return _service(names.LOG_CLUSTER, grpc_listener, core.Http2ProtocolOptions())
+
+
+def _service(name: str, grpc_listener: str, http2: core.Http2ProtocolOptions) -> cluster.Cluster:
     host = endpoint.LbEndpoint(endpoint=endpoint.Endpoint(address=address(grpc_listener)))
     return cluster.Cluster(
-        name=names.SERVICE_CLUSTER,
+        name=name,
         type=cluster.ClusterDiscoveryType.STATIC,
         connect_timeout=seconds(0.25),
         load_assignment=endpoint.ClusterLoadAssignment(
-            cluster_name=names.SERVICE_CLUSTER, endpoints=[endpoint.LocalityLbEndpoints(lb_endpoints=[host])]
+            cluster_name=name, endpoints=[endpoint.LocalityLbEndpoints(lb_endpoints=[host])]
         ),
         typed_extension_protocol_options=_protocol(
-            upstream.HttpProtocolOptionsExplicitHttpConfig(
-                http2_protocol_options=core.Http2ProtocolOptions(
-                    # Ends the streams that a stopped process holds, which the health check does not. gRPC's own threads answer
-                    # pings, so a busy event loop is not taken for a dead one.
-                    connection_keepalive=core.KeepaliveSettings(interval=seconds(0.5), timeout=seconds(1.0))
-                )
-            )
+            upstream.HttpProtocolOptionsExplicitHttpConfig(http2_protocol_options=http2)
         ),
         circuit_breakers=_breakers(),
-        health_checks=[_grpc_health()],
-        # A process that hangs keeps its sockets open and its backlog accepting: only a failed check keeps new streams away, and only
-        # without panic. Streams already there go on (Envoy 1.40 drains HTTP connections and does not close them).
-        close_connections_on_host_health_failure=True,
-        common_lb_config=_panic_below(0.0),
     )
 
 

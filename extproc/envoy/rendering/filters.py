@@ -15,11 +15,12 @@ from extproc.config import Config
 from extproc.envoy import names
 from extproc.envoy.rendering import usage
 from extproc.envoy.rendering.messages import exactly, extension, http_filter, seconds, to_extproc
+from extproc.openai.keys import HEADERS as KEY_HEADERS
 
 EXT_PROC = "envoy.filters.http.ext_proc"
 
 SECRET_HEADERS = ("authorization", "proxy-authorization", "cookie", "x-api-key", "api-key")
-"""Not sent to extproc, unless one of them is the configured tenant or session header; and never taken from the replica, which may check them."""
+"""Not sent to extproc, unless one of them is the configured tenant or session header, or keys are configured; and never taken from the replica, which may check them."""
 
 SETTABLE_HEADERS = (
     names.POOL_HEADER,
@@ -30,6 +31,19 @@ SETTABLE_HEADERS = (
     "retry-after",
 )
 """All that extproc may set. The length belongs to a rewritten body: Envoy answers 500 to one that does not fit. The last two are those of its refusals."""
+
+TENANT_HEADERS = (
+    names.POOL_HEADER,
+    "x-envoy-upstream-rq-p[a-z-]*",
+    "x-vllm-p[a-z]*",
+    "content-length",
+    "content-type",
+    "retry-after",
+    "x-ratelimit-[a-z-]*",
+    "www-a[a-z-]*",
+)
+"""The same where there are tenants, and what their refusals have on top. As patterns, for Envoy 1.40 refuses a rule above RE2's program
+size of 100, and the names above take most of that."""
 
 
 def filters(config: Config) -> list[hcm.HttpFilter]:
@@ -74,10 +88,10 @@ def _ext_proc(config: Config) -> ext_proc.ExternalProcessor:
         processing_mode=_request_only(),
         # With several pools the answer names one in a header and asks for the route to be chosen again (clear_route_cache).
         route_cache_action=cache.DEFAULT if several else cache.RETAIN,
-        mutation_rules=_may_set(SETTABLE_HEADERS),
+        mutation_rules=_may_set(TENANT_HEADERS if config.tenants else SETTABLE_HEADERS),
         forward_rules=ext_proc.HeaderForwardingRules(disallowed_headers=exactly(_withheld(config))),
         metadata_options=ext_proc.MetadataOptions(
-            forwarding_namespaces=_namespaces(names.SUBSET_NAMESPACE),
+            forwarding_namespaces=_namespaces(names.SUBSET_NAMESPACE, *_of_claims(config)),
             receiving_namespaces=_namespaces(names.LB_NAMESPACE, names.NAMESPACE),
         ),
     )
@@ -104,7 +118,13 @@ def _may_set(headers: tuple[str, ...]) -> mutation.HeaderMutationRules:
 
 def _withheld(config: Config) -> list[str]:
     read = {config.requests.session_header.lower(), (config.requests.tenant_header or "").lower()}
+    if config.tenants is not None and config.tenants.keys_file is not None:
+        read |= set(KEY_HEADERS)
     return [name for name in SECRET_HEADERS if name not in read]
+
+
+def _of_claims(config: Config) -> tuple[str, ...]:
+    return (names.JWT_NAMESPACE,) if config.tenants is not None and config.tenants.jwt is not None else ()
 
 
 def _namespaces(*untyped: str) -> ext_proc.MetadataOptionsMetadataNamespaces:

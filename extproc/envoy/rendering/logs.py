@@ -59,7 +59,7 @@ def _to_extproc(envoy: EnvoyConfig) -> accesslog.AccessLog:
     common = grpc.CommonGrpcAccessLogConfig(
         log_name=names.LOG_NAME,
         transport_api_version=core.ApiVersion.V3,
-        grpc_service=to_extproc(),
+        grpc_service=to_extproc(names.LOG_CLUSTER),
         buffer_flush_interval=seconds(envoy.log_flush_interval_s),
         buffer_size_bytes=BATCH_BYTES,
         custom_tags=[

@@ -41,9 +41,9 @@ def address(listener: str) -> core.Address:
     return core.Address(socket_address=core.SocketAddress(address=ip, port_value=int(port)))
 
 
-def to_extproc() -> core.GrpcService:
+def to_extproc(cluster: str = names.SERVICE_CLUSTER) -> core.GrpcService:
     """Envoy's own gRPC client rather than Google's: it has the cluster's health checks, breakers and statistics."""
-    return core.GrpcService(envoy_grpc=core.GrpcServiceEnvoyGrpc(cluster_name=names.SERVICE_CLUSTER))
+    return core.GrpcService(envoy_grpc=core.GrpcServiceEnvoyGrpc(cluster_name=cluster))
 
 
 def exactly(words: Iterable[str]) -> matcher.ListStringMatcher:

@@ -35,7 +35,10 @@ def table(config: Config, baseline: bool) -> route.RouteConfiguration:
         # Whoever is out of patience with a replica asks the next, and takes what comes first: to have misjudged a slow one costs
         # work, and no error.
         hedge_policy=route.HedgePolicy(hedge_on_per_try_timeout=True) if config.envoy.retries else None,
-        response_headers_to_add=[_who_answered()] if config.envoy.response_headers else [],
+        response_headers_to_add=[
+            *([_who_answered()] if config.envoy.response_headers else []),
+            *([_what_is_left(name) for name in names.RATELIMIT_HEADERS] if config.tenants and not baseline else []),
+        ],
         # Also what a retry may send again. Above it Envoy answers 413 by itself.
         request_body_buffer_limit=config.requests.max_body_bytes + BODY_HEADROOM,
     )
@@ -100,6 +103,15 @@ def _retries(envoy: EnvoyConfig) -> route.RetryPolicy:
 
 def _header_is(name: str, value: str) -> route.HeaderMatcher:
     return route.HeaderMatcher(name=name, string_match=matcher.StringMatcher(exact=value))
+
+
+def _what_is_left(name: str) -> core.HeaderValueOption:
+    """As extproc put it into the metadata of the request; nothing where it did not."""
+    return core.HeaderValueOption(
+        header=core.HeaderValue(key=name, value=f"%DYNAMIC_METADATA({names.NAMESPACE}:{name})%"),
+        append_action=core.HeaderValueOptionHeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD,
+        keep_empty_value=False,
+    )
 
 
 def _who_answered() -> core.HeaderValueOption:

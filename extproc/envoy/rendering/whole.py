@@ -22,7 +22,7 @@ MAX_CONNECTIONS = 50_000
 def rendered(config: Config, baseline: str | None) -> dict[str, Any]:
     """The bootstrap in the names of Envoy's documentation (snake case), ready for JSON or YAML."""
     pools = [clusters.pool(p.name, config, baseline) for p in config.pools]
-    extproc = [] if baseline else [clusters.extproc(config.listen.grpc)]
+    extproc = [] if baseline else [clusters.extproc(config.listen.grpc), clusters.extproc_log(config.listen.grpc)]
     whole = bootstrap.Bootstrap(
         node=core.Node(id="extproc", cluster="extproc"),
         admin=bootstrap.Admin(address=address(config.envoy.admin)) if config.envoy.admin else None,

@@ -1,0 +1,121 @@
+"""Questions to real name servers, by dnspython. No answer is kept: how often to ask is for the source to say."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from typing import Final
+
+import dns.asyncresolver
+import dns.exception
+import dns.message
+import dns.name
+import dns.nameserver
+import dns.rdataclass
+import dns.rdatatype
+import dns.resolver
+
+from extproc.adapters.discovery.resolver import Answer, ResolveError
+from extproc.config import Address
+
+TIMEOUT_S: Final = 5.0
+"""For one question, over all servers and attempts."""
+MAX_TARGETS: Final = 1000
+"""Hosts of SRV records that are looked up; a record set cannot hold many more (64 KiB)."""
+AT_ONCE: Final = 16
+
+Found = tuple[tuple[str, ...], float]
+"""IP addresses, and the seconds for which they hold."""
+
+
+class DnsClient:
+    """Answers over UDP, and TCP where they are long."""
+
+    def __init__(self, servers: tuple[Address, ...] = (), timeout_s: float = TIMEOUT_S) -> None:
+        """`servers`: `ip:port`; none for those of the system, which are read when first asked."""
+        self._servers = servers
+        self._timeout_s = timeout_s
+        self._resolver: dns.asyncresolver.Resolver | None = None
+
+    async def resolve(self, name: str, port: int | None) -> Answer:
+        """As `Resolver.resolve`. Raises ResolveError."""
+        try:
+            if port is None:
+                return await self._services(name)
+            ips, ttl_s = await self._hosts(name)
+        except (dns.exception.DNSException, OSError) as e:
+            raise ResolveError(_said(e, name)) from None
+        return Answer(tuple(_address(ip, port) for ip in ips), ttl_s)
+
+    async def _hosts(self, name: str) -> Found:
+        """A records; AAAA only where there are none: a pod with both would be two replicas."""
+        ips, ttl_s = await self._records(name, "A")
+        return (ips, ttl_s) if ips else await self._records(name, "AAAA")
+
+    async def _services(self, name: str) -> Answer:
+        found = await self._ask(name, "SRV")
+        if found.rrset is None:
+            return Answer((), _negative_ttl_s(found))
+        ports = sorted({(str(record.target), record.port) for record in found.rrset})[:MAX_TARGETS]
+        known = _additional(found.response)
+        unknown = [host for host in dict.fromkeys(host for host, _ in ports) if host not in known]
+        slots = asyncio.Semaphore(AT_ONCE)
+        known.update(zip(unknown, await asyncio.gather(*(self._in_turn(slots, host) for host in unknown)), strict=True))
+        addresses = {_address(ip, port): None for host, port in ports for ip in known[host][0]}
+        ttls = [float(found.rrset.ttl), *(known[host][1] for host, _ in ports)]
+        return Answer(tuple(addresses), min(ttls))
+
+    async def _in_turn(self, slots: asyncio.Semaphore, host: str) -> Found:
+        async with slots:
+            return await self._hosts(host)
+
+    async def _records(self, name: str, kind: str) -> Found:
+        found = await self._ask(name, kind)
+        if found.rrset is None:
+            return (), _negative_ttl_s(found)
+        return tuple(sorted(record.address for record in found.rrset)), float(found.rrset.ttl)
+
+    async def _ask(self, name: str, kind: str) -> dns.resolver.Answer:
+        if self._resolver is None:
+            self._resolver = await asyncio.to_thread(_resolver, self._servers)
+        return await self._resolver.resolve(name, kind, raise_on_no_answer=False, lifetime=self._timeout_s, search=True)
+
+
+def _resolver(servers: Iterable[Address]) -> dns.asyncresolver.Resolver:
+    """Raises DNSException where the system names no server."""
+    resolver = dns.asyncresolver.Resolver(configure=not servers)
+    if servers:
+        split = (server.rpartition(":") for server in servers)
+        resolver.nameservers = [dns.nameserver.Do53Nameserver(ip.strip("[]"), int(port)) for ip, _, port in split]
+    return resolver
+
+
+def _additional(response: dns.message.Message) -> dict[str, Found]:
+    """IPv4 addresses of hosts that came along with the answer."""
+    return {
+        str(rrset.name): (tuple(sorted(record.address for record in rrset)), float(rrset.ttl))
+        for rrset in response.additional
+        if rrset.rdtype == dns.rdatatype.A and rrset.rdclass == dns.rdataclass.IN
+    }
+
+
+def _negative_ttl_s(found: dns.resolver.Answer) -> float:
+    """For how long there being no records holds: the lesser of TTL and minimum of the SOA record (RFC 2308 5)."""
+    for rrset in found.response.authority:
+        if rrset.rdtype == dns.rdatatype.SOA:
+            return float(min(rrset.ttl, rrset[0].minimum))
+    return 0.0
+
+
+def _address(ip: str, port: int) -> str:
+    return f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
+
+
+def _said(error: Exception, name: str) -> str:
+    if isinstance(error, dns.resolver.NXDOMAIN):
+        return f"{name} does not exist"
+    if isinstance(error, dns.resolver.LifetimeTimeout):
+        return f"{name}: no answer in time"
+    if isinstance(error, dns.resolver.NoNameservers):
+        return f"{name}: every name server failed"
+    return f"{name}: {' '.join(str(error).split()) or type(error).__name__}"

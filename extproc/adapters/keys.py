@@ -1,0 +1,193 @@
+"""The file of API keys, followed while extproc runs, and the secret that their hashes are made with.
+
+    keys:
+    - hash: 3f0c...            # by `extproc key add` or `extproc key hash`
+      tenant: acme
+      tier: paid               # optional
+
+A file that cannot be read, or is wrong, changes nothing: it is counted and logged once, and the keys stay those of the last good one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import secrets
+import tempfile
+from contextlib import aclosing
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from extproc.adapters.watching import RECHECK_S, moments
+from extproc.config import Name, Section, mistakes, yaml_mistake
+from extproc.openai.keys import MIN_SECRET_BYTES, KeyEntry, key_hash
+
+log = logging.getLogger(__name__)
+
+KEY_BYTES = 32
+"""Of a key that is made here: 43 characters after the prefix."""
+PREFIX = "sk-"
+
+
+class KeyFileError(Exception):
+    """The secret or the file of keys cannot be used; the text names the path and the remedy, never a key."""
+
+
+class Entry(Section):
+    """One key."""
+
+    hash: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+    """BLAKE2b of the key, keyed with the secret, 20 bytes in hex."""
+    tenant: str = Field(min_length=1, max_length=256)
+    """Whose it is."""
+    tier: Name | None = None
+    """Instead of the tenant's own."""
+
+
+class Listed(Section):
+    """The file."""
+
+    keys: tuple[Entry, ...] = ()
+    """The keys there are."""
+
+
+def read_secret(path: Path) -> bytes:
+    """The secret, without white space around it. Raises KeyFileError."""
+    try:
+        secret = path.read_bytes().strip()
+    except OSError as e:
+        raise KeyFileError(f"{path}: {e.strerror}; `extproc key add` creates one") from None
+    if len(secret) < MIN_SECRET_BYTES:
+        raise KeyFileError(f"{path}: is shorter than {MIN_SECRET_BYTES} bytes; write more, at random")
+    return secret
+
+
+def read_keys(path: Path) -> dict[str, KeyEntry]:
+    """Hash -> entry. Raises KeyFileError."""
+    try:
+        raw: Any = yaml.safe_load(path.read_text())
+        listed = Listed.model_validate({} if raw is None else raw)
+    except OSError as e:
+        raise KeyFileError(f"{path}: {e.strerror}") from None
+    except UnicodeDecodeError:
+        raise KeyFileError(f"{path}: not UTF-8") from None
+    except yaml.YAMLError as e:
+        raise KeyFileError(f"{path}: not YAML: {yaml_mistake(e)}") from None
+    except ValidationError as e:
+        # Without what stands there: it may be a key, where its hash should be.
+        wrong = (re.sub(r", not .*", "", mistake) for mistake in mistakes(e, Listed))
+        raise KeyFileError("; ".join(f"{path}: {mistake}" for mistake in wrong)) from None
+    found = {entry.hash: KeyEntry(entry.tenant, entry.tier) for entry in listed.keys}
+    if len(found) < len(listed.keys):
+        raise KeyFileError(f"{path}: has a hash twice; remove one")
+    return found
+
+
+class KeyFile:
+    """The keys as they stand in the file now."""
+
+    def __init__(self, path: Path, recheck_s: float = RECHECK_S) -> None:
+        self.path = path
+        self.errors = 0
+        """Versions of the file that could not be used."""
+        self._recheck_s = recheck_s
+        self._keys: dict[str, KeyEntry] = {}
+        self._mistake: str | None = None
+
+    def __repr__(self) -> str:
+        return f"<KeyFile {self.path}: {len(self._keys)} keys>"
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def find(self, digest: str) -> KeyEntry | None:
+        """The entry with this hash."""
+        return self._keys.get(digest)
+
+    def load(self) -> None:
+        """Read the file. Raises KeyFileError."""
+        self._keys = read_keys(self.path)
+
+    async def run(self) -> None:
+        """Follow the file until cancelled."""
+        async with aclosing(moments(self.path, self._recheck_s)) as due:
+            async for _ in due:
+                await self._look()
+
+    async def _look(self) -> None:
+        try:
+            keys = await asyncio.to_thread(read_keys, self.path)
+        except KeyFileError as e:
+            if str(e) != self._mistake:
+                self._mistake = str(e)
+                self.errors += 1
+                log.error("the keys stay as they are: %s", e)
+            return
+        self._mistake = None
+        if keys != self._keys:
+            log.info("%s: %d keys, %d before", self.path, len(keys), len(self._keys))
+            self._keys = keys
+
+
+# --- for the command line ---------------------------------------------------------------------------------------------
+
+
+def create_secret(path: Path) -> None:
+    """Write a new secret that only its owner can read. Raises KeyFileError where there is one, or none can be written."""
+    try:
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
+            out.write(secrets.token_hex(KEY_BYTES).encode() + b"\n")
+    except OSError as e:
+        raise KeyFileError(f"{path}: {e.strerror}") from None
+
+
+def hashed(secret_file: Path, key: str) -> str:
+    """How a key stands in the file. Raises KeyFileError."""
+    return key_hash(read_secret(secret_file), key)
+
+
+def new_key() -> str:
+    """A key to be given to a client."""
+    return PREFIX + secrets.token_urlsafe(KEY_BYTES)
+
+
+def add(path: Path, secret: bytes, key: str, tenant: str, tier: str | None) -> str:
+    """Append an entry for the key to the file, by rename; returns its hash. Raises KeyFileError.
+
+    What stands in the file stays as it is, comments too, as long as the list of keys is the last thing in it.
+    """
+    before = path.read_text() if path.exists() else ""
+    known = read_keys(path) if before else {}
+    digest = key_hash(secret, key)
+    if digest in known:
+        raise KeyFileError(f"{path}: has this key already, for {known[digest].tenant}")
+    written = {"hash": digest, "tenant": tenant, **({"tier": tier} if tier else {})}
+    item = yaml.safe_dump([written], sort_keys=False)
+    head = before if known else "keys:\n"
+    _replace(path, head + ("" if head.endswith("\n") else "\n") + item)
+    return digest
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write it beside the file, see that it reads well, and rename it."""
+    mode = path.stat().st_mode & 0o777 if path.exists() else 0o600
+    try:
+        number, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        beside = Path(name)
+        try:
+            with os.fdopen(number, "w") as out:
+                out.write(text)
+            beside.chmod(mode)
+            read_keys(beside)
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+    except KeyFileError as e:
+        raise KeyFileError(f"{path}: an entry cannot be appended: {e}") from None
+    except OSError as e:
+        raise KeyFileError(f"{path}: {e.strerror}") from None
