@@ -12,25 +12,19 @@ from functools import partial
 from random import Random
 from typing import Final
 
-from extproc.core.admission.admission import Admission, Work
-from extproc.core.admission.fairness import charge_tokens
 from extproc.core.admission.limits import Limits
 from extproc.core.admission.queue import Entry
 from extproc.core.admission.room import crosses_at, in_time, soonest
-from extproc.core.fleet import FAILED_OPEN, Changed, Fleet, Member
+from extproc.core.fleet import FAILED_OPEN, Member
 from extproc.core.flights import Flight, Ledger
 from extproc.core.health.states import Reason, State
 from extproc.core.observers import Ended, HealthChanged, Observer, Quiet, Waited
 from extproc.core.patience import patience_s
-from extproc.core.peers import PEERS_SLACK_S, Peers, Placements, trusted
-from extproc.core.policies import Policy, create
+from extproc.core.peers import Placements
 from extproc.core.policies.base import Ranking
+from extproc.core.pool import Pool, came, failed, first_to_come, learn_speed, nobody_yet, starts, whole, work_of
 from extproc.core.prediction import Ask, company, predict, unseen
-from extproc.core.prefix.index import PrefixIndex
-from extproc.core.scaling.autoscaler import NOBODY, Asked, Autoscaler
 from extproc.core.settings import PoolSettings as PoolSettings
-from extproc.core.tokens import OutputTokens, PromptTokens, ResponseBytes
-from extproc.core.traffic import Traffic
 from extproc.core.types import (
     Add,
     Change,
@@ -44,7 +38,6 @@ from extproc.core.types import (
     Judgement,
     NotSampled,
     Outcome,
-    PeerFact,
     PeerGone,
     PeerJudged,
     PeerLoad,
@@ -66,7 +59,6 @@ from extproc.core.types import (
     Stalled,
     TenantServed,
     Turn,
-    Usage,
     Verdict,
     Wait,
 )
@@ -75,86 +67,8 @@ TRIAL: Final = "trial"
 """The reason of decisions for a replica that would otherwise wait in vain to show that it is well."""
 SILENT_S: Final = 3.0
 """A replica with work that gives no sign for so long is not counted on: longer than any step, or the wait between scrapes."""
-KNOWN_S: Final = 0.5
-"""After so long the proxy has read of a new member: a file is written and watched, which takes some tens of milliseconds."""
 ENDPOINTS: Final = 3
 """Length of the list given to Envoy: the best and two alternates for its retries."""
-
-
-class Pool:
-    """Replicas that serve the same models, and what was learned of requests for them."""
-
-    def __init__(self, settings: PoolSettings, changed: Changed) -> None:
-        """`changed` is told of each change of a replica's health."""
-        self.settings = settings
-        self.policy: Policy = create(settings.policy, settings.policy_options)
-        self.fleet = Fleet(settings.scraped, settings.stale_after_s, settings.health, changed)
-        self.index = PrefixIndex()
-        self.prompt_tokens = PromptTokens()
-        self.output_tokens = OutputTokens()
-        self.response_bytes = ResponseBytes()
-        self.traffic = Traffic()
-        self.admission = Admission(settings.queue)
-        self.scaling = Autoscaler(settings.scaling) if settings.scaling else None
-        self.listed = False
-        """Whether its members were ever told of; a pool that is not known yet is not empty."""
-        self.peers = Peers()
-
-    def __repr__(self) -> str:
-        return f"<pool {self.settings.name} {self.settings.policy} {len(self.fleet)} replicas>"
-
-    @property
-    def models(self) -> tuple[str, ...]:
-        """Configured names first, then what replicas list, LoRA adapters included."""
-        served = (name for member in self.fleet.members for name in member.models)
-        return tuple(dict.fromkeys((*self.settings.models, *served)))
-
-    def configure(self, settings: PoolSettings) -> None:
-        """Go on with other settings. A policy that stays keeps what it has learned."""
-        before, self.settings = self.settings, settings
-        if (before.policy, before.policy_options) != (settings.policy, settings.policy_options):
-            self.policy = create(settings.policy, settings.policy_options)
-        self.fleet.configure(settings.stale_after_s, settings.health)
-        self.admission.configure(settings.queue)
-        if settings.scaling is None:
-            self.scaling = None
-        elif self.scaling is None:
-            self.scaling = Autoscaler(settings.scaling)
-        else:
-            self.scaling.configure(settings.scaling)
-
-    def serves(self, model: str) -> bool:
-        """Whether the pool has the model; True for any while neither configuration nor replicas have named one."""
-        if model in self.settings.models:
-            return True
-        members = self.fleet.members
-        if any(model in member.models for member in members):
-            return True
-        return not self.settings.models and not any(member.models for member in members)
-
-    def size(self, request: Request) -> tuple[int, float]:
-        """Expected prompt tokens, and output tokens of all samples."""
-        tokens = request.prompt_tokens
-        if tokens is None:
-            tokens = self.prompt_tokens.estimate(request.model, request.prompt_bytes or 0)
-        output = self.output_tokens.estimate(request.model, request.api, request.tenant, request.max_output_tokens)
-        return tokens, output * request.samples
-
-    def ask(self, request: Request, members: Sequence[Member], now: float) -> Ask:
-        """Estimate what the request is in tokens, where its prefix lies, and what seconds are worth among these members."""
-        tokens = request.prompt_tokens
-        if tokens is None:
-            tokens = self.prompt_tokens.estimate(request.model, request.prompt_bytes or 0)
-        output = self.output_tokens.estimate(request.model, request.api, request.tenant, request.max_output_tokens)
-        per_byte = tokens / request.prompt_bytes if request.prompt_bytes else 0.0
-        hits = {a: n * per_byte for a, n in self.index.match(request.blocks).items()} if request.blocks.hashes else {}
-        others = sum([member.strangers for member in members])
-        if len(self.peers):
-            others += sum([member.others.requests for member in members if member.others is not None])
-        ours = sum([len(member.load) for member in members]) if others else 0
-        prices = self.traffic.prices(len(members), others / max(ours, 1), now)
-        slack_s = PEERS_SLACK_S if len(self.peers) else 0.0
-        return Ask(request, max(tokens, 1), output, hits, prices, slack_s)
 
 
 class Router:
@@ -221,7 +135,8 @@ class Router:
             return self._refuse(Reject(Refusal.OVERLOADED, request.model), pool)
         if request.account is None:
             return self._admit(pool, request, now)
-        prompt_tokens, output_tokens = pool.size(request)
+        prompt_tokens, output_each = pool.size(request)
+        output_tokens = output_each * request.samples
         if (exceeded := self.limits.check(request, prompt_tokens, output_tokens, now)) is not None:
             return self._refuse(exceeded, pool)
         verdict = self._admit(pool, request, now)
@@ -235,23 +150,23 @@ class Router:
         """Place or hold what exceeds no limit."""
         members = pool.fleet.candidates(now, request.subset)
         if not members:
-            if not _starts(pool, request):
+            if not starts(pool, request):
                 return self._refuse(self._nobody(pool, request), pool)
             return self._hold(pool, pool.ask(request, members, now), members, now, absent=True)
         ask = pool.ask(request, members, now)
         if not pool.admission.holds(request):
             return self._send(pool, ask, pool.policy.rank(ask, members, now, self._rng), now)
-        absent = _unreachable(members, now) or _first_to_come(pool, now)
+        absent = _unreachable(members, now) or first_to_come(pool, now)
         able = in_time(ask, members, request.slo_ttft_s, now)
         if not able and not absent:  # nor would it be in time after a wait here
-            _came(pool, ask, members, now)
+            came(pool, ask, members, now)
             return self._refuse(pool.admission.reject(Refusal.SLO, request, now), pool)
         if pool.admission.queue or absent:
             return self._hold(pool, ask, members, now, absent)
         ranking = pool.policy.rank(ask, able, now, self._rng)
         if not self._starts_soon(pool, ask, ranking, members, now):
             return self._hold(pool, ask, members, now)
-        _came(pool, ask, (ranking.order[0][1],), now)
+        came(pool, ask, (ranking.order[0][1],), now)
         return self._send(pool, ask, ranking, now)
 
     def explain(self, request: Request, now: float) -> Decision | Reject:
@@ -349,7 +264,7 @@ class Router:
             self._changed(pool, fact, now)
             return
         if isinstance(fact, PeerReported | PeerJudged | PeerServed | PeerGone):
-            self._told(pool, fact, now)
+            pool.told(fact, now)
             return
         member = pool.fleet.get(fact.address)
         if member is None:
@@ -388,7 +303,7 @@ class Router:
             if pool.scaling is not None and pool.listed:
                 pool.scaling.look(pool.admission, pool.fleet, now)
             for name in pool.peers.silent(now):
-                self._told(pool, PeerGone(pool.settings.name, name), now)
+                pool.told(PeerGone(pool.settings.name, name), now)
         lost = self._ledger.expired(now)
         for flight in lost:
             self._ledger.close(flight.id)
@@ -457,8 +372,8 @@ class Router:
     def _hold(self, pool: Pool, ask: Ask, members: Sequence[Member], now: float, absent: bool = False) -> Wait | Reject:
         self._count += 1
         ticket = f"{self._boot}-w{self._count:x}"
-        _came(pool, ask, members, now)
-        work = _work(ask, members, now)
+        came(pool, ask, members, now)
+        work = work_of(ask, members, now)
         verdict = pool.admission.hold(ticket, pool.settings.name, ask.request, work, absent, now)
         if isinstance(verdict, Reject):
             return self._refuse(verdict, pool)
@@ -470,7 +385,7 @@ class Router:
 
     def _turns(self, pool: Pool, now: float) -> list[Turn]:
         admission = pool.admission
-        ended = admission.turns(now, lambda entry: self._place(pool, entry, now), _nobody_yet(pool, now))
+        ended = admission.turns(now, lambda entry: self._place(pool, entry, now), nobody_yet(pool, now))
         admission.plan(now, crosses_at(pool.fleet.members, admission.settings.hold_above_s, now))
         return [self._over(pool, entry, verdict, now) for entry, verdict in ended]
 
@@ -615,29 +530,6 @@ class Router:
             pool.index.forget(address)
             self._observer.left(pool.settings.name, address)
 
-    def _told(self, pool: Pool, fact: PeerFact, now: float) -> None:
-        """Another router told something of itself."""
-        if isinstance(fact, PeerGone):
-            peer = pool.peers.gone(fact.peer)
-            if peer is not None:
-                pool.fleet.loaded(fact.peer, peer.loads, {}, now, now)
-                pool.fleet.judged(peer.judgements, pool.peers, now)
-            return
-        peer = pool.peers.heard(fact.peer, now)
-        if peer is None:
-            return
-        match fact:
-            case PeerReported(loads=loads, age_s=age_s):
-                before, peer.loads = peer.loads, {load.address: load for load in loads}
-                pool.fleet.loaded(fact.peer, before, peer.loads, now - age_s, now)
-            case PeerJudged(judgements=judgements):
-                told = trusted(judgements, len(pool.fleet))
-                known, peer.judgements = peer.judgements, {a: (j, now) for a, j in told.items()}
-                pool.fleet.judged({**known, **peer.judgements}, pool.peers, now)
-            case PeerServed(tenants=tenants):
-                for priority, tenant, tokens in peer.served.since(tenants):
-                    pool.admission.charged_elsewhere(priority, tenant, tokens, now)
-
     def _stalled(self, for_s: float) -> None:
         """As if the time had not passed, for all that is inferred from silence."""
         self._ledger.prolong(for_s)
@@ -702,89 +594,25 @@ class Router:
             self._leave(member, flight, outcome, moved, now)
         if pool.scaling is not None and flight.shows_first_token and outcome.ttft_s is not None:
             pool.scaling.first_token(outcome.ttft_s, now)
-        self._settle_prefix(pool, flight, outcome, now)
-        self._judge(pool, flight, outcome, moved, now)
-        output_tokens = self._learn_tokens(pool, flight, outcome)
+        pool.settle_prefix(flight, outcome, now)
+        pool.judge(flight, outcome, moved, now)
+        output_tokens = pool.learn_tokens(flight, outcome)
         pool.admission.settle(flight, outcome, output_tokens)
         self.limits.settle(flight.id, outcome, flight.prompt_tokens, output_tokens)
-        if _whole(outcome) and outcome.duration_s is not None:
+        if whole(outcome) and outcome.duration_s is not None:
             ttft_s = outcome.ttft_s if flight.shows_first_token and outcome.ttft_s else flight.prediction.ttft_s
             pool.traffic.answered(min(ttft_s, outcome.duration_s), max(outcome.duration_s - ttft_s, 0.0))
-        if member is not None and not moved and _whole(outcome):
-            self._learn_speed(member, flight, outcome, output_tokens, now)
+        if member is not None and not moved and whole(outcome):
+            learn_speed(member, flight, outcome, output_tokens, now)
         self._observer.ended(Ended(flight, outcome, moved, output_tokens))
 
     def _leave(self, member: Member, flight: Flight, outcome: Outcome, moved: bool, now: float) -> None:
         """Take the flight's load off the replica."""
         # The first byte of an error says nothing of prefill: learning from it would make a failing replica look fast.
-        told = flight.shows_first_token and flight.first_token_at is None and not moved and not _failed(outcome)
+        told = flight.shows_first_token and flight.first_token_at is None and not moved and not failed(outcome)
         if told and outcome.replica_ttft_s is not None:
             self._first_token(member, flight, outcome.replica_ttft_s, now)
         member.load.close(flight, now)
-
-    def _settle_prefix(self, pool: Pool, flight: Flight, outcome: Outcome, now: float) -> None:
-        """Where the prompt's blocks lie now: with whoever computed them."""
-        index, chosen = pool.index, flight.address
-        begun = outcome.end is End.OK or flight.first_token_at is not None or bool(outcome.response_bytes)
-        computed_by = (outcome.served or chosen) if begun and not _failed(outcome) else None
-        if computed_by != chosen:
-            index.withdraw(chosen, flight.blocks, flight.id)
-        # Only of members: the index would keep room for ever for a replica that left while this ran.
-        holder = pool.fleet.get(computed_by) if flight.blocks.hashes and computed_by is not None else None
-        if holder is not None and holder.state(now) is not State.GONE:
-            index.keep(holder.address, flight.blocks)
-
-    def _judge(self, pool: Pool, flight: Flight, outcome: Outcome, moved: bool, now: float) -> None:
-        """What the end says of the health of whoever had the request. 4xx is the client's fault, and no evidence."""
-        chosen, last = pool.fleet.get(flight.address), pool.fleet.get(outcome.served or flight.address)
-        if chosen is not None and moved:
-            chosen.failed(now, flight)
-        if last is not None:
-            if _fell(outcome):
-                last.failed(now, flight)
-            elif outcome.end is End.OK and outcome.duration_s is not None:
-                restarted = last.answered(outcome.duration_s, now, flight)
-                if restarted:
-                    pool.index.clear(last.address)
-        if chosen is not None:
-            chosen.health.released(flight.id)
-
-    def _learn_tokens(self, pool: Pool, flight: Flight, outcome: Outcome) -> int | None:
-        """Correct the estimates by usage. Returns the output tokens, estimated from the response's size if need be."""
-        usage = outcome.usage or Usage()
-        if (
-            usage.prompt_tokens is not None
-            and flight.model is not None
-            and flight.prompt_bytes
-            and not flight.exact_tokens
-        ):
-            pool.prompt_tokens.learn(flight.model, flight.prompt_bytes, usage.prompt_tokens)
-        size = outcome.response_bytes
-        if usage.completion_tokens is not None:
-            if size and _whole(outcome):
-                pool.response_bytes.learn(flight.model, flight.api, flight.stream, size, usage.completion_tokens)
-            output: int | None = usage.completion_tokens
-        elif size and outcome.end in (End.OK, End.CLIENT_GONE) and flight.output_tokens:
-            output = pool.response_bytes.tokens(flight.model, flight.api, flight.stream, size)
-        else:
-            output = None
-        if output is not None and _whole(outcome) and flight.output_tokens:
-            each = max(round(output / flight.samples), 1)
-            pool.output_tokens.learn(flight.model, flight.api, flight.tenant, each)
-        return output
-
-    def _learn_speed(
-        self, member: Member, flight: Flight, outcome: Outcome, output_tokens: int | None, now: float
-    ) -> None:
-        usage = outcome.usage
-        if usage and usage.cached_tokens is not None and flight.hit_bytes and flight.prompt_bytes:
-            member.hit(flight.prompt_tokens * flight.hit_bytes / flight.prompt_bytes, usage.cached_tokens)
-        if not flight.shows_first_token or not output_tokens or output_tokens < 8 or flight.samples > 1:
-            return
-        if outcome.duration_s is not None and outcome.ttft_s is not None:
-            sequences, kv_tokens = _mean(flight.company, company(member, now))
-            step_s = (outcome.duration_s - outcome.ttft_s) / (output_tokens - 1)
-            member.speed.learn_step(sequences + 1, kv_tokens + flight.prompt_tokens, step_s)
 
     # --- inspection ---------------------------------------------------------------------------------------------------
 
@@ -829,61 +657,6 @@ def _unreachable(members: Sequence[Member], now: float) -> bool:
     return all(member.health.unreachable(now) for member in members)
 
 
-def _nobody_yet(pool: Pool, now: float) -> bool:
-    """Whether there is nobody that anything could be sent to."""
-    return pool.fleet.absent(now) or _first_to_come(pool, now)
-
-
-def _first_to_come(pool: Pool, now: float) -> bool:
-    """Whether a pool that may be empty only has members that nothing was heard of, or that the proxy may not know yet.
-
-    Where there are others its fallback would take the request to one of them. Here it has nobody, and would answer with 503.
-    """
-    if pool.settings.scaling is None or not pool.settings.scaling.from_zero:
-        return False
-    return all(m.state(now) is State.STARTING or now < m.joined_at + KNOWN_S for m in pool.fleet.members)
-
-
-def _starts(pool: Pool, request: Request) -> bool:
-    """Whether the pool is empty because nobody asked for anything, and its first replica comes now that somebody does."""
-    scaling = pool.settings.scaling
-    return scaling is not None and scaling.from_zero and not len(pool.fleet) and pool.admission.holds(request)
-
-
-def _came(pool: Pool, ask: Ask, members: Sequence[Member], now: float) -> None:
-    """Note the work that a request brings, on the one of these where it is least; nothing where nobody wants to know."""
-    if pool.scaling is None:
-        return
-    output_tokens = ask.output_tokens * ask.request.samples
-    if not members:
-        prefill_s = NOBODY.prefill_s(NOBODY.work_s(ask.prompt_tokens, 0))
-        pool.scaling.arrived(Asked(NOBODY, ask.prompt_tokens, 0, prefill_s, output_tokens), now)
-        return
-    at, best = min(((m, predict(ask, m, now)) for m in members), key=lambda pair: pair[1].prefill_s)
-    uncached = max(ask.prompt_tokens - best.cached_tokens, 1)
-    pool.scaling.arrived(Asked(at.speed, uncached, best.cached_tokens, best.prefill_s, output_tokens), now)
-
-
-def _work(ask: Ask, members: Sequence[Member], now: float) -> Work:
-    """What a request comes to where it costs least: on the replica that has the most of its prompt. Without any: on none yet."""
-    if not members:
-        prefill_s = NOBODY.prefill_s(NOBODY.work_s(ask.prompt_tokens, 0))
-        tokens = charge_tokens(ask.prompt_tokens, ask.output_tokens * ask.request.samples)
-        return Work(tokens, prefill_s, NOBODY.base_s + prefill_s)
-    best = min((predict(ask, member, now) for member in members), key=_prefill_s)
-    tokens = charge_tokens(ask.prompt_tokens - best.cached_tokens, ask.output_tokens * ask.request.samples)
-    return Work(tokens, best.prefill_s, members[0].speed.base_s + best.prefill_s)
-
-
-def _prefill_s(prediction: Prediction) -> float:
-    return prediction.prefill_s
-
-
-def _mean(before: tuple[float, float], after: tuple[float, float]) -> tuple[float, float]:
-    """The company of a request changes while it runs: halfway between what it found and what it leaves."""
-    return (before[0] + after[0]) / 2, (before[1] + after[1]) / 2
-
-
 def _silent(member: Member, flight: Flight, now: float) -> bool:
     """Whether a response that comes as a whole is overdue on a replica that gives no sign of work: it may hang.
 
@@ -891,18 +664,3 @@ def _silent(member: Member, flight: Flight, now: float) -> bool:
     """
     due = flight.routed_at + flight.prediction.ttft_s + flight.prediction.decode_s
     return now > due and now - member.heard_at > SILENT_S
-
-
-def _whole(outcome: Outcome) -> bool:
-    """Whether the response is all that was to come: only such a one tells lengths and speeds."""
-    return outcome.end is End.OK and not outcome.broken
-
-
-def _fell(outcome: Outcome) -> bool:
-    """Whether the replica failed the request, even if under status 200."""
-    return outcome.broken or outcome.end in (End.UNREACHABLE, End.UPSTREAM_ERROR)
-
-
-def _failed(outcome: Outcome) -> bool:
-    """Whether the replica answered with an error instead of running the request. One that broke off later did run it."""
-    return outcome.end is End.CLIENT_ERROR or (outcome.status is not None and outcome.status >= 400)
