@@ -131,7 +131,7 @@ async def fleet(directory: Path, routers: int = ROUTERS, settings: Settings = SE
     async with AsyncExitStack() as exits:
         http = await exits.enter_async_context(aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)))
         redis = await exits.enter_async_context(RedisServer())
-        relay = await exits.enter_async_context(Relay(redis.port))
+        relay = await exits.enter_async_context(Relay(f"127.0.0.1:{redis.port}"))
         children = await exits.enter_async_context(Children(emptied_all(directory)))
         replicas = [Replica(children, f"replica-{i}", settings) for i in range(settings.replicas)]
         await asyncio.gather(*(replica.start(http) for replica in replicas))
@@ -316,7 +316,7 @@ async def master_again(running: Fleet) -> None:
 async def other_password(running: Fleet) -> None:
     await running.redis.command("ACL", "SETUSER", "door", "on", "nopass", "~*", "+@all")
     await running.redis.command("ACL", "SETUSER", "default", "resetpass", ">other", "-@all")
-    await running.relay.cut()
+    await running.relay.drop()
 
 
 async def old_password(running: Fleet) -> None:
@@ -326,7 +326,7 @@ async def old_password(running: Fleet) -> None:
 
 async def nonsense(running: Fleet) -> None:
     running.relay.answer = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n"
-    await running.relay.cut()
+    await running.relay.drop()
 
 
 async def sense(running: Fleet) -> None:

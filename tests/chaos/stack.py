@@ -21,9 +21,9 @@ import yaml
 from extproc.demo.children import Child, Children, answers, beside
 from extproc.envoy.names import LOG_CLUSTER
 from tests.chaos.load import Load, Requests
-from tests.chaos.relay import Wire
 from tests.chaos.settings import MODEL, TENANT_HEADER, Settings
 from tests.support.ports import free_port
+from tests.support.relay import Relay
 from tests.support.waiting import until
 
 READY_S: Final = 20.0
@@ -199,7 +199,7 @@ class Scene:
     replicas: list[Replica]
     extproc: Service
     envoy: Service
-    wire: Wire
+    wire: Relay
     load: Load
     requests: Requests
     http: aiohttp.ClientSession
@@ -289,7 +289,7 @@ async def scene(settings: Settings, directory: Path) -> AsyncIterator[Scene]:
         replicas = [Replica(children, f"replica-{i}", settings) for i in range(settings.replicas)]
         files.write_config(settings)
         files.write_members(r.address for r in replicas)
-        wire = await exits.enter_async_context(Wire(files.grpc))
+        wire = await exits.enter_async_context(Relay(files.grpc))
         extproc = Service(
             children,
             "extproc",

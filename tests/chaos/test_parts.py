@@ -18,7 +18,6 @@ from extproc.sim.spec import BackendSpec
 from tests.chaos import load
 from tests.chaos.faults import FAULTS
 from tests.chaos.page import page
-from tests.chaos.relay import Wire
 from tests.chaos.replica import Breakable
 from tests.chaos.rows import Row, Sent
 from tests.chaos.run import Results, envoys_ends
@@ -26,6 +25,7 @@ from tests.chaos.settings import Settings
 from tests.chaos.stack import with_log_through
 from tests.support.backend import Backend, Handler, stream
 from tests.support.ports import free_port
+from tests.support.relay import Relay
 from tests.support.waiting import until
 
 ROOT = Path(__file__).parent.parent.parent
@@ -146,7 +146,7 @@ def test_a_large_body_is_as_large_as_said() -> None:
 
 
 async def test_a_wire_breaks_and_is_mended() -> None:
-    async with Backend() as replica, Wire(replica.address) as wire, aiohttp.ClientSession() as http:
+    async with Backend() as replica, Relay(replica.address) as wire, aiohttp.ClientSession() as http:
 
         async def through() -> bool:
             try:
@@ -164,7 +164,7 @@ async def test_a_wire_breaks_and_is_mended() -> None:
 
 async def test_a_cut_breaks_what_runs_through_it() -> None:
     handler = answers(DELTA, DONE, gap_s=30)
-    async with Backend(handler) as replica, Wire(replica.address) as wire, aiohttp.ClientSession() as http:
+    async with Backend(handler) as replica, Relay(replica.address) as wire, aiohttp.ClientSession() as http:
         response = await http.get(f"http://127.0.0.1:{wire.port}/")
         await response.content.readany()
         await wire.cut()

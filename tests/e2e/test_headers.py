@@ -11,10 +11,10 @@ import pytest
 import pytest_asyncio
 
 from extproc.envoy import names
-from tests.e2e.relay import Relay
 from tests.e2e.stack import Json, Stack, chat, stack
 from tests.support.backend import Backend
 from tests.support.ports import free_port
+from tests.support.relay import Relay
 
 pytestmark = [pytest.mark.envoy, pytest.mark.asyncio(loop_scope="module")]
 
@@ -35,7 +35,7 @@ async def scene(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Scene
         members = [await exits.enter_async_context(Backend()) for _ in range(2)]
         stranger = await exits.enter_async_context(Backend())
         grpc = f"127.0.0.1:{free_port()}"
-        relay = await exits.enter_async_context(Relay(grpc))
+        relay = await exits.enter_async_context(Relay(grpc, keep=True))
 
         def through_relay(rendered: Json) -> None:
             [cluster] = [c for c in rendered["static_resources"]["clusters"] if c["name"] == names.SERVICE_CLUSTER]

@@ -1,4 +1,4 @@
-"""A TCP relay that can be made slow, or made to answer nonsense itself."""
+"""A TCP relay: it can be cut and mended, be slow, answer nonsense itself, and keep what goes through it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from tests.support.ports import free_port
 
 
 class Relay:
-    """From its own port of loopback to another, for the length of a block."""
+    """From its own port of loopback to `target` (`ip:port`), for the length of a block."""
 
-    def __init__(self, target: int, answer: bytes | None = None) -> None:
-        """`answer`: say this to whatever comes, end the connection, and ask nobody. It and `delay_s` may be changed."""
+    def __init__(self, target: str, answer: bytes | None = None, keep: bool = False) -> None:
+        """`answer`: say this to whatever comes, end the connection, and ask nobody. It, `target` and `delay_s` may be changed."""
         self.port, self.target, self.answer = free_port(), target, answer
         self.delay_s = 0.0
         """Each piece of an answer waits so long."""
+        self.sent = bytearray()
+        """With `keep`: what clients sent, of all connections."""
+        self._keep = keep
         self._server: asyncio.Server | None = None
         self._through: set[asyncio.Task[None]] = set()
 
@@ -25,17 +28,26 @@ class Relay:
         return f"<relay {self.port} to {self.target}: {len(self._through)} connections>"
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._connected, "127.0.0.1", self.port)
+        await self.mend()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        assert self._server is not None
-        self._server.close()
         await self.cut()
 
+    async def mend(self) -> None:
+        """Take connections."""
+        self._server = await asyncio.start_server(self._connected, "127.0.0.1", self.port)
+
     async def cut(self) -> None:
+        """Break all connections, and refuse new ones until it is mended."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        await self.drop()
+
+    async def drop(self) -> None:
         """Break all connections; new ones may come."""
         for task in self._through:
             task.cancel()
@@ -54,10 +66,11 @@ class Relay:
                     await reader.read(1)
                     writer.write(self.answer)
                     return
-                there, back = await asyncio.open_connection("127.0.0.1", self.target)
+                host, _, port = self.target.rpartition(":")
+                there, back = await asyncio.open_connection(host, int(port))
                 ends.append(back)
                 await self._both(
-                    asyncio.create_task(_pump(reader, back)), asyncio.create_task(self._answers(there, writer))
+                    asyncio.create_task(self._asks(reader, back)), asyncio.create_task(self._answers(there, writer))
                 )
             finally:
                 for end in ends:
@@ -72,14 +85,15 @@ class Relay:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
 
+    async def _asks(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        while data := await source.read(65536):
+            if self._keep:
+                self.sent += data
+            target.write(data)
+            await target.drain()
+
     async def _answers(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
         while data := await source.read(65536):
             await asyncio.sleep(self.delay_s)
             target.write(data)
             await target.drain()
-
-
-async def _pump(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
-    while data := await source.read(65536):
-        target.write(data)
-        await target.drain()

@@ -174,7 +174,7 @@ async def test_read_only() -> None:
 async def test_slow_beyond_the_limit_is_a_timeout_and_below_it_nothing() -> None:
     async with (
         RedisServer() as redis,
-        Relay(redis.port) as wire,
+        Relay(f"127.0.0.1:{redis.port}") as wire,
         pair(quick(f"redis://127.0.0.1:{wire.port}")) as both,
     ):
         one, two = both
@@ -195,7 +195,10 @@ async def test_slow_beyond_the_limit_is_a_timeout_and_below_it_nothing() -> None
     ids=["http", "binary", "nearly", "nothing"],
 )
 async def test_what_is_no_redis(answer: bytes) -> None:
-    async with Relay(0, answer) as garbage, sharing(Teller(1), quick(f"redis://127.0.0.1:{garbage.port}")) as one:
+    async with (
+        Relay("127.0.0.1:0", answer) as garbage,
+        sharing(Teller(1), quick(f"redis://127.0.0.1:{garbage.port}")) as one,
+    ):
         await until(lambda: one.sharing.state.errors.total() >= 2)
         assert not one.up
         assert set(one.errors()) <= {"protocol", "unreachable"}
