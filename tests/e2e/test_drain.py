@@ -43,21 +43,27 @@ async def asked(running: Stack, path: str, address: str) -> Json:
 
 
 class Load:
-    """Short requests, a few at a time; `served` has who answered each, in the order of the answers."""
+    """Short requests, a few at a time; `served` has who answered each, by the order in which they were sent."""
 
     def __init__(self, running: Stack) -> None:
         self._running = running
-        self.served: list[str] = []
+        self._sent = 0
+        self.served: dict[int, str] = {}
 
     async def go_on(self, lane: int) -> None:
         for i in range(100_000):
-            self.served.append(await self._running.served(chat(f"{lane} {i} " * 30)))
+            number, self._sent = self._sent, self._sent + 1
+            self.served[number] = await self._running.served(chat(f"{lane} {i} " * 30))
 
     async def more(self, count: int = 20) -> set[str]:
-        """Who answers the next so many; those that were on their way when asked are not looked at."""
-        begin = len(self.served) + LANES
-        await until(lambda: len(self.served) >= begin + count, timeout_s=30)
-        return set(self.served[begin:])
+        """Who answers the next so many; those that were on their way when asked are not looked at, however late."""
+        begin = self._sent
+
+        def since() -> list[str]:
+            return [who for number, who in self.served.items() if number >= begin]
+
+        await until(lambda: len(since()) >= count, timeout_s=30)
+        return set(since())
 
 
 LANES = 3
