@@ -50,6 +50,16 @@ class Blocks:
 
 
 @record
+class TokenBlocks:
+    """The prompt's token ids cut into blocks as the engine cuts them: `hashes[i]` covers the first `(i + 1) * size` of them."""
+
+    size: int
+    """Tokens in a block."""
+    hashes: tuple[int, ...] = ()
+    """Chained, of full blocks alone; seeded with LoRA adapter and salt (`core/prefix/exact.py`)."""
+
+
+@record
 class Request:
     """What routing needs to know of a client's request."""
 
@@ -60,7 +70,9 @@ class Request:
     prompt_bytes: int | None = None
     """Canonical prompt, bytes; None when the body was not read."""
     prompt_tokens: int | None = None
-    """Exact count, known only when the client sent token ids."""
+    """Exact count, known when the client sent token ids, or the prompt was tokenized here."""
+    tokens: TokenBlocks | None = None
+    """The prompt as the engine will cut it; None where it was not tokenized."""
     max_output_tokens: int | None = None
     samples: int = 1
     """Completions asked for (`n`), each generated and held separately."""
@@ -362,6 +374,59 @@ PeerFact = PeerReported | PeerJudged | PeerServed | PeerGone
 """What one router tells of itself; `Placed` may come from any."""
 
 
+BlockId = int | bytes
+"""An engine's own name for a KV block: opaque, and its meaning that replica's alone."""
+
+
+@record
+class BlocksStored:
+    """The engine holds these KV blocks now, one after the other in a chain."""
+
+    ids: tuple[BlockId, ...]
+    parent: BlockId | None
+    """The block before the first; None where that begins a prompt."""
+    token_ids: tuple[int, ...]
+    """Of all blocks: `size` each."""
+    size: int
+    """Tokens in a block."""
+    lora: str | None = None
+    """Name of the adapter that computed them; None for the base model."""
+    salt: str | None = None
+    """`cache_salt` of the request; engines tell it with the first block of a chain only."""
+
+
+@record
+class BlocksRemoved:
+    """The engine gave these KV blocks up."""
+
+    ids: tuple[BlockId, ...]
+
+
+@record
+class CacheCleared:
+    """The engine holds no KV block any more: it restarted, or was told to."""
+
+
+CacheChange = BlocksStored | BlocksRemoved | CacheCleared
+
+
+@record
+class CacheChanged:
+    """What a replica's KV events told, in their order. From the first on its cache counts as known precisely."""
+
+    pool: str
+    address: str
+    changes: tuple[CacheChange, ...]
+
+
+@record
+class CacheUnknown:
+    """Events were missed that nobody can tell again, or no more will come: the cache is as good as not known."""
+
+    pool: str
+    address: str
+
+
 @record
 class GpuUsed:
     """How much the pool's GPUs are used, 0 to 1; None where that is no longer known."""
@@ -391,6 +456,8 @@ Fact = (
     | Stalled
     | PeerFact
     | Placed
+    | CacheChanged
+    | CacheUnknown
 )
 
 
