@@ -21,7 +21,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from extproc.sim.elastic import Control, Scaling, Sight
 from extproc.sim.fleet_spec import Group
 from extproc.sim.fleet_spec import nodes as fleet
 from extproc.sim.sidecar import POOL, Wiring
-from extproc.sim.traces import Trace, Turn
+from extproc.sim.traces import Trace, Turn, load
 from tests.bench.matrix.summary import geomean
 from tests.bench.routing import Mapper, in_process, tuned
 
@@ -67,22 +67,52 @@ OURS: Final = ScalingSettings(
 # --- the day ------------------------------------------------------------------------------------------------------------
 
 
-def rate_per_s(share_of_day: float) -> float:
-    """Requests a second: a night, a steep morning, a peak before noon, a lower one in the afternoon, a slow evening."""
+def two_peaks(share_of_day: float) -> float:
+    """A night, a steep morning, a peak before noon, a lower one in the afternoon, a slow evening. As all of them: 0 to 1."""
     morning = math.exp(-(((share_of_day - 0.45) / 0.09) ** 2))
     afternoon = 0.8 * math.exp(-(((share_of_day - 0.64) / 0.13) ** 2))
-    return LOW_PER_S + (PEAK_PER_S - LOW_PER_S) * min(max(morning, afternoon) + 0.15 * min(morning, afternoon), 1.0)
+    return min(max(morning, afternoon) + 0.15 * min(morning, afternoon), 1.0)
+
+
+def office(share_of_day: float) -> float:
+    """Up at once in the morning, down at once in the evening, less at noon."""
+    begun = 1.0 / (1.0 + math.exp((0.25 - share_of_day) / 0.02))
+    over = 1.0 / (1.0 + math.exp((0.75 - share_of_day) / 0.02))
+    return begun * (1.0 - over) * (1.0 - 0.35 * math.exp(-(((share_of_day - 0.5) / 0.04) ** 2)))
+
+
+def waves(share_of_day: float) -> float:
+    """Four peaks, each as high."""
+    return 0.41 - 0.41 * math.cos(8.0 * math.pi * share_of_day)
+
+
+def flat(_: float) -> float:
+    """The same all day."""
+    return 0.41
+
+
+SHAPES: Final[Mapping[str, Callable[[float], float]]] = {
+    "two_peaks": two_peaks,
+    "office": office,
+    "waves": waves,
+    "flat": flat,
+}
+
+
+def rate_per_s(share_of_day: float, shape: str = "two_peaks") -> float:
+    """Requests a second."""
+    return LOW_PER_S + (PEAK_PER_S - LOW_PER_S) * SHAPES[shape](share_of_day)
 
 
 @lru_cache(maxsize=1)
-def day(seed: int) -> Trace:
+def day(seed: int, shape: str = "two_peaks") -> Trace:
     """Requests of one day, none of which waits for another. Over some minutes chance moves the rate by a tenth."""
     rng = Random(f"{seed}/day")
     swings = [rng.lognormvariate(0.0, 0.1) for _ in range(int(DAY_S // 120) + 1)]
     turns: list[Turn] = []
     at, most = 0.0, 1.5 * PEAK_PER_S
     while (at := at + rng.expovariate(most)) < DAY_S:
-        if rng.random() * most < rate_per_s(at / DAY_S) * swings[int(at // 120)]:
+        if rng.random() * most < rate_per_s(at / DAY_S, shape) * swings[int(at // 120)]:
             turns.append(_turn(rng, at, len(turns)))
     return Trace("day", BLOCK, tuple(turns))
 
@@ -229,13 +259,13 @@ class Row:
     """Replicas at one time."""
 
 
-def run_case(job: tuple[Case, int]) -> Row:
-    """One run."""
+def run_case(job: tuple[Case, int], made: Callable[[int], Trace] = day) -> Row:
+    """One run. `made`: the requests, of a seed."""
     case, seed = job
-    trace = day(seed)
+    trace = made(seed)
     scenario = Scenario(
         trace,
-        fleet([GROUP.model_copy(update={"count": MAX_REPLICAS + 6})], SIZE, BLOCK, 0.002),
+        fleet([GROUP.model_copy(update={"count": MAX_REPLICAS + 6})], SIZE, trace.block_size, 0.002),
         wiring=Wiring(scaling=OURS if case.name == "work" else None),
         scaling=Scaling(case.control, case.least if case.name == "fixed" else INITIAL, COLD_START_S),
         seed=seed,
@@ -316,18 +346,29 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
+def _same(trace: Trace, _: int) -> Trace:
+    return trace
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--only", nargs="+", help="names of cases")
+    requests = parser.add_mutually_exclusive_group()
+    requests.add_argument("--shape", choices=SHAPES, default="two_peaks", help="of the day")
+    requests.add_argument("--trace", type=Path, help="requests of this file instead of a day")
     options = parser.parse_args(arguments)
     tuned()
+    made = partial(day, shape=options.shape)
+    if options.trace:
+        recorded = load(options.trace)
+        made = partial(_same, recorded)
     cases = [c for c in (WORK, *SWEEP) if not options.only or c.name in options.only or c == WORK]
     rows = []
     for job in jobs(options.seeds, cases):
         began = time.monotonic()
-        rows.append(run_case(job))
+        rows.append(run_case(job, made))
         sys.stdout.write(f"{rows[-1]}  {time.monotonic() - began:.0f} s\n")
         sys.stdout.flush()
     options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from tests.bench.scaling import (
     LOW_PER_S,
     MAX_REPLICAS,
     PEAK_PER_S,
+    SHAPES,
     WORK,
     Case,
     Hpa,
@@ -136,3 +137,15 @@ def test_without_a_rival_that_serves_as_many_there_is_no_ratio() -> None:
 
 def test_a_day_is_run_by_all_before_the_next() -> None:
     assert list(jobs((1, 2), (WORK,))) == [(WORK, 1), (WORK, 2)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_shape_stays_between_night_and_peak(shape: str) -> None:
+    rates = [rate_per_s(i / 1000, shape) for i in range(1001)]
+    assert min(rates) >= LOW_PER_S
+    assert 0.4 * PEAK_PER_S < max(rates) <= PEAK_PER_S
+
+
+def test_an_office_works_by_day() -> None:
+    assert [round(rate_per_s(share, "office")) for share in (0.1, 0.4, 0.6, 0.9)] == [3, 20, 20, 3]
+    assert rate_per_s(0.5, "office") == pytest.approx(LOW_PER_S + 0.65 * (PEAK_PER_S - LOW_PER_S), rel=0.01)

@@ -47,16 +47,34 @@ class Mix:
         return scaled
 
 
+@dataclass(frozen=True, slots=True)
+class Trend:
+    """Where the rate is going. A falling one is not foretold; it shows soon enough."""
+
+    per_s: float
+    """Requests a second, now."""
+    growth_per_s2: float
+    """By how much that grows each second, less one standard error: what chance alone gives a rate that does not grow."""
+
+    def per_s_in(self, lead_s: float) -> float:
+        """Requests a second in so many seconds."""
+        return self.per_s + self.growth_per_s2 * lead_s
+
+
 class Arrivals:
-    """What arrived in the last minutes, in buckets. Bounded: one bucket for each 15 seconds of five minutes."""
+    """What arrived in the last minutes, in buckets counted from the first moment that is told of, so that none is cut.
+
+    Bounded: one bucket for each 15 seconds of five minutes.
+    """
 
     __slots__ = ("_began_at", "_buckets", "_current", "_index")
 
     def __init__(self) -> None:
         self._buckets: deque[Mix] = deque(maxlen=BUCKETS)
         self._current = Mix()
-        self._index: int | None = None
-        self._began_at = 0.0
+        self._index = 0
+        """Of the current bucket."""
+        self._began_at: float | None = None
 
     def __repr__(self) -> str:
         return f"<arrivals {len(self._buckets)} buckets, {self._current.requests:.0f} requests in this one>"
@@ -80,18 +98,13 @@ class Arrivals:
         recent = weights[-RECENT:]
         return sum(recent) / len(recent) / BUCKET_S if recent and mix.requests else self._first_rate(now)
 
-    def per_s_in(self, lead_s: float, now: float) -> float:
-        """The same in `lead_s` seconds, by the line through the last minutes, with as much of its slope as is sure.
-
-        Of the slope one standard error is taken off: what chance alone gives a rate that does not grow. A falling rate is not
-        foretold; it shows soon enough.
-        """
+    def trend(self, now: float) -> Trend:
+        """The line through the last minutes, with as much of its growth as is sure; level at the present rate in the first two."""
         weights, mix = self._weights(now)
         if len(weights) < 2 * RECENT or not mix.requests:
-            return self.per_s(now)
+            return Trend(self.per_s(now), 0.0)
         level, slope, error = _line(weights)
-        grows = max(slope - error, 0.0)
-        return max(level + grows * lead_s / BUCKET_S, 0.0) / BUCKET_S
+        return Trend(max(level, 0.0) / BUCKET_S, max(slope - error, 0.0) / BUCKET_S**2)
 
     def _weights(self, now: float) -> tuple[list[float], Mix]:
         """Work in each full bucket, in requests of the mean mix."""
@@ -103,24 +116,18 @@ class Arrivals:
 
     def _first_rate(self, now: float) -> float:
         """Before the first bucket is full: over the time that passed, but at least five seconds."""
-        if self._index is None:
-            return 0.0
-        return self._current.requests / max(now - max(self._began_at, self._index * BUCKET_S), 5.0)
+        passed_s = now - self._began_at if self._began_at is not None else 0.0
+        return self._current.requests / max(passed_s, 5.0)
 
     def _advance(self, now: float) -> None:
-        index = math.floor(now / BUCKET_S)
-        if self._index is None:
-            # The bucket under way is cut: it would tell of less than came in 15 seconds.
-            self._index, self._began_at = index, now
-            return
+        if self._began_at is None:
+            self._began_at = now
+        index = math.floor((now - self._began_at) / BUCKET_S)
         if index <= self._index:
             return
-        if self._began_at <= self._index * BUCKET_S:
-            self._buckets.append(self._current)
-        empty = min(index - self._index - 1, BUCKETS)
-        self._buckets.extend(Mix() for _ in range(empty))
+        self._buckets.append(self._current)
+        self._buckets.extend(Mix() for _ in range(min(index - self._index - 1, BUCKETS)))
         self._current, self._index = Mix(), index
-        self._began_at = min(self._began_at, index * BUCKET_S)
 
 
 _DECODE_TOKEN_S: Final = 2e-4

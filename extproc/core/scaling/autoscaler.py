@@ -21,6 +21,7 @@ from extproc.core.scaling.capacity import ReplicaModel
 from extproc.core.scaling.profile import Profile
 from extproc.core.scaling.rules import RULES, Need, Seen, p95
 from extproc.core.scaling.settings import ScalingSettings
+from extproc.core.scaling.share import Share
 from extproc.core.scaling.steps import Steps
 from extproc.core.scaling.warm import Role, WarmPool, roles
 from extproc.core.speed import Speed
@@ -32,6 +33,8 @@ MOST_PREFILL: Final = 0.7
 """Share of prefill that is taken out of decode times at most: beyond, prompts wait and do not slow decode down further."""
 MAX_TTFTS: Final = 2000
 """... and no more than so many."""
+PAUSE_S: Final = 60.0
+"""A look that is so late says that the process stood still. What came meanwhile was not counted, and must not be taken for nothing."""
 
 
 @record
@@ -86,6 +89,7 @@ class Autoscaler:
         """Replicas that were needed at the last look, spares aside."""
         self._total: int | None = None
         self._ttfts: deque[tuple[float, float]] = deque(maxlen=MAX_TTFTS)
+        self._share = Share()
         self._look_at = -math.inf
         self._busy_at = -math.inf
 
@@ -145,12 +149,14 @@ class Autoscaler:
         waits = self._steps.asked == 0 and len(admission) > 0
         if now < self._look_at and not waits:
             return False
-        self._look_at = now + self.settings.interval_s
+        late_s, self._look_at = now - self._look_at, now + self.settings.interval_s
         present = _present(fleet, now)
         if self._steps.asked is None:
             spares = self._warm.settings.min_replicas if self._warm else 0
             self._steps.begin(max(len(present) - spares, 0), now)
             self._total = self._with_spares(self._steps.asked or 0, now)
+        elif late_s > PAUSE_S:
+            self._steps.begin(self._steps.asked, now)
         seen = self._seen(admission, fleet, present, now)
         if self.settings.daily:
             self._profile.note(seen.per_s, now)
@@ -190,17 +196,18 @@ class Autoscaler:
         ours = sum(len(member.load) for member in fleet.members)
         others = sum(map(_of_others, fleet.members))
         # Others' requests are taken for work like ours: what they are nobody tells.
-        share = 1.0 + others / max(ours, 1)
-        per_s = share * self.arrivals.per_s(now)
+        share = self._share.take(ours, others, now)
+        per_s, trend = share * self.arrivals.per_s(now), self.arrivals.trend(now)
         return Seen(
             asked=self._steps.asked or 0,
             replicas=len(present),
             model=_model(present or list(fleet.members), per_s * mix.fill_s),
             mix=mix,
             per_s=per_s,
-            later_per_s=max(share * self.arrivals.per_s_in(settings.cold_start_s, now), self._usual(now)),
+            later_per_s=max(share * trend.per_s_in(settings.cold_start_s), self._usual(now)),
+            growth_per_s2=share * trend.growth_per_s2,
             queue=len(admission) + sum(member.queued(now) or 0 for member in fleet.members),
-            late_requests=_late(admission, present, mix, settings, now),
+            late_requests=_late(admission, present, mix, share, settings, now),
             in_flight=ours + others,
             ttft_p95_s=self._p95(now),
             gpu=self.gpu,
@@ -258,10 +265,14 @@ def _model(members: list[Member], fill_s: float) -> ReplicaModel:
     )
 
 
-def _late(admission: Admission, present: list[Member], mix: Mix, settings: ScalingSettings, now: float) -> float:
-    """Requests of the mix that wait for longer than the target: those held, and prefill that stands too far behind."""
+def _late(
+    admission: Admission, present: list[Member], mix: Mix, share: float, settings: ScalingSettings, now: float
+) -> float:
+    """Requests of the mix that wait for longer than the target: those held, here and in proportion by others, and prefill that
+    stands too far behind.
+    """
     if not mix.requests:
         return float(len(admission))
-    held = admission.queue.tokens / charge_tokens(mix.uncached_tokens, mix.output_tokens)
+    held = share * admission.queue.tokens / charge_tokens(mix.uncached_tokens, mix.output_tokens)
     behind_s = sum(max(member.backlog_s(now) - settings.ttft_target_s, 0.0) for member in present)
     return held + (behind_s / mix.prefill_s if mix.prefill_s else 0.0)

@@ -31,6 +31,8 @@ class Seen:
     """Requests of that mix that come each second, this router's share and others' together."""
     later_per_s: float
     """The same as expected when a replica that is asked for now has started."""
+    growth_per_s2: float
+    """By how much that grows each second, as far as it is sure; 0 where it does not."""
     queue: float
     """Requests that wait: held here, and in the engines."""
     late_requests: float
@@ -52,7 +54,10 @@ class Need:
     down_to: int
     """Fewer must not be asked for."""
     settled: bool = True
-    """A way down waits until nothing more was needed for a whole cooldown; otherwise only for a cooldown since the last one."""
+    """A way down waits until nothing more was needed for a whole cooldown, and until it is worth a change; otherwise only for a
+    cooldown since the last one."""
+    at_once: int = 0
+    """Asked for where more are needed than there are: what growth would ask for soon. Fewer than `up_to` means just that."""
 
 
 Rule = Callable[[Seen, ScalingSettings], Need]
@@ -63,6 +68,7 @@ def work(seen: Seen, settings: ScalingSettings) -> Need:
 
     What comes counts as of now or as of the end of a cold start, whichever is more. A 95th percentile of TTFT beyond the target
     asks for one replica more, unless one is starting already. Where nothing came nothing is needed, but for what runs still.
+    Where the rate grows, a way up takes along what it will need until another change pays.
     """
     busy = 1 if seen.in_flight or seen.queue else 0
     if not seen.mix.requests:
@@ -73,7 +79,20 @@ def work(seen: Seen, settings: ScalingSettings) -> Need:
     late = seen.ttft_p95_s is not None and seen.ttft_p95_s > settings.ttft_target_s
     if late and seen.replicas >= seen.asked:
         up_to = max(up_to, seen.asked + 1)
-    return Need(max(up_to, busy), max(down_to, up_to, busy))
+    soon = rate + seen.growth_per_s2 * _ahead_s(seen, up_to, settings)
+    at_once = capacity.needed(seen.model, seen.mix, soon, settings)
+    return Need(max(up_to, busy), max(down_to, up_to, busy), at_once=at_once)
+
+
+def _ahead_s(seen: Seen, replicas: int, settings: ScalingSettings) -> float:
+    """Seconds of growth that one change takes along.
+
+    Replicas that are asked for all at once wait to be needed, `growth t^2 / 2` replica-seconds for `t` seconds of growth; one by
+    one each is a change. Their cost per second is least where the wait costs what a change does: the economic order quantity
+    (Harris 1913).
+    """
+    growth = seen.growth_per_s2 / capacity.per_s(seen.model, seen.mix, replicas, settings)
+    return math.sqrt(2.0 * settings.change_cost_s / growth) if growth > 0 else 0.0
 
 
 def thresholds(seen: Seen, settings: ScalingSettings) -> Need:

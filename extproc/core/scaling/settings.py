@@ -39,9 +39,11 @@ class ScalingSettings:
     up_cooldown_s: float = 60.0
     down_cooldown_s: float = 300.0
     max_step_up: int = 4
-    max_step_down: int = 2
-    hysteresis: float = 0.1
+    max_step_down: int = 4
+    hysteresis: float = 0.2
     """Fewer replicas must suffice for so much more work than there is."""
+    change_cost_s: float = 900.0
+    """Replica-seconds that may be paid for, and not needed, to save a change."""
     thresholds: Thresholds = field(default_factory=Thresholds)
     warm: WarmSettings | None = None
     """Spare replicas; None for none."""

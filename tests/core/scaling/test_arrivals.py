@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from extproc.core.scaling.arrivals import BUCKETS, Arrivals, Mix
+from extproc.core.scaling.arrivals import BUCKETS, Arrivals, Mix, Trend
 
 ONE = Mix(1.0, 1000.0, 0.1, 0.12, 0.0144, 100.0, 100.0 * 1000)
 
@@ -21,7 +21,7 @@ def steady(per_s: float, until_s: float, made: Arrivals | None = None, begin_s: 
 def test_a_steady_rate_is_found_and_does_not_grow() -> None:
     made = steady(4.0, 400.0)
     assert made.per_s(400.0) == pytest.approx(4.0, rel=0.01)
-    assert made.per_s_in(120.0, 400.0) == pytest.approx(4.0, rel=0.01)
+    assert made.trend(400.0).per_s_in(120.0) == pytest.approx(4.0, rel=0.01)
 
 
 def test_work_counts_and_not_requests() -> None:
@@ -40,19 +40,22 @@ def test_growth_is_foretold() -> None:
         at += 1.0 / (2.0 + at / 30.0)
     # From 2 to 12 a second in 300 s; in another 120 s it will be 16.
     assert made.per_s(300.0) == pytest.approx(11.0, rel=0.06)
-    assert made.per_s_in(120.0, 300.0) == pytest.approx(16.0, rel=0.1)
+    assert made.trend(300.0).per_s_in(120.0) == pytest.approx(16.0, rel=0.1)
+    assert made.trend(300.0).growth_per_s2 == pytest.approx(1.0 / 30.0, rel=0.05)
 
 
 def test_chance_alone_is_hardly_taken_for_growth() -> None:
-    rng, ratios = Random(1), []
+    rng, ratios, growing = Random(1), [], 0
     for _ in range(50):
         made, at = Arrivals(), 0.0
         while at < 330.0:
             made.arrived(ONE, at)
             at += rng.expovariate(5.0)
-        ratios.append(made.per_s_in(120.0, 330.0) / 5.0)
+        ratios.append(made.trend(330.0).per_s_in(120.0) / 5.0)
+        growing += made.trend(330.0).growth_per_s2 > 0.0
     assert sum(ratios) / len(ratios) == pytest.approx(1.0, abs=0.08)
     assert max(ratios) < 1.5
+    assert growing <= 15  # one in six for a normal error; without it half of them would
 
 
 def test_decline_is_not_foretold_below_the_present() -> None:
@@ -60,7 +63,17 @@ def test_decline_is_not_foretold_below_the_present() -> None:
     while at < 300.0:
         made.arrived(ONE, at)
         at += 1.0 / (12.0 - at / 30.0)
-    assert made.per_s_in(120.0, 300.0) >= 1.7
+    assert made.trend(300.0).per_s_in(120.0) >= 1.7
+    assert made.trend(300.0).growth_per_s2 == 0.0
+
+
+def test_two_minutes_are_needed_for_a_trend() -> None:
+    made, at = Arrivals(), 0.0
+    while at < 119.0:
+        made.arrived(ONE, at)
+        at += 1.0 / (2.0 + at / 30.0)
+    assert made.trend(119.0) == Trend(made.per_s(119.0), 0.0)
+    assert made.trend(120.0).growth_per_s2 > 0.0
 
 
 def test_silence_is_a_rate_of_zero() -> None:
@@ -78,9 +91,11 @@ def test_the_first_seconds_count_over_at_least_five() -> None:
     assert made.per_s(104.0) == pytest.approx(0.2)
 
 
-def test_a_bucket_that_began_late_does_not_count_as_a_slow_one() -> None:
-    made = steady(4.0, 40.0, begin_s=14.0)
-    assert made.per_s(40.0) == pytest.approx(4.0, rel=0.05)
+def test_buckets_are_counted_from_the_beginning_and_none_is_lost() -> None:
+    made = steady(4.0, 29.5, begin_s=14.0)
+    assert made.per_s(28.9) == pytest.approx(4.0, rel=0.05)
+    assert made.per_s(29.1) == pytest.approx(4.0, rel=0.05)
+    assert made.mix(29.1).requests == 1.0
 
 
 def test_the_mix_is_a_mean() -> None:

@@ -10,6 +10,7 @@ import pytest
 from extproc.core.admission.settings import QueueSettings
 from extproc.core.router import Router
 from extproc.core.scaling.autoscaler import Autoscaler
+from extproc.core.scaling.rules import Seen
 from extproc.core.scaling.settings import ScalingSettings
 from extproc.core.settings import PoolSettings
 from extproc.core.types import (
@@ -46,8 +47,10 @@ def scaling(made: Router) -> Autoscaler:
     return found
 
 
-def traffic(made: Router, per_s: float, begin_s: float, end_s: float, ttft_s: float = REPLICA_TTFT_S) -> None:
-    """Prompts of 4,000 tokens that are answered after two seconds, with a sweep four times a second."""
+def traffic(
+    made: Router, per_s: float, begin_s: float, end_s: float, ttft_s: float = REPLICA_TTFT_S, growth: float = 0.0
+) -> None:
+    """Prompts of 4,000 tokens that are answered after two seconds, with a sweep four times a second. `growth`: of the rate, per s."""
     open_: list[tuple[float, str]] = []
     at, next_sweep, number = begin_s, begin_s, 0
     while at < end_s:
@@ -60,7 +63,7 @@ def traffic(made: Router, per_s: float, begin_s: float, end_s: float, ttft_s: fl
         verdict = made.arrive(request(text(16_000, seed=number), output=100), at)
         if isinstance(verdict, Route):
             open_.append((at + 2.0, verdict.flight))
-        at += 1.0 / per_s
+        at += 1.0 / (per_s + growth * (at - begin_s))
     for _, flight in open_:
         made.finish(flight, ok(ttft_s=ttft_s, replica_ttft_s=REPLICA_TTFT_S, duration_s=2.0), end_s)
 
@@ -91,7 +94,51 @@ def test_right_after_a_start_nothing_is_taken_away() -> None:
     for at in range(0, 400, 15):
         made.expire(float(at))
         asked[at] = scaling(made).asked
-    assert (asked[285], asked[300]) == (5, 3)
+    assert (asked[285], asked[300]) == (5, 1)
+
+
+def test_a_process_that_stood_still_takes_nothing_away_for_a_cooldown() -> None:
+    made = router(6)
+    traffic(made, 12.0, 0.0, 400.0)
+    before = scaling(made).asked
+    assert before is not None
+    assert before >= 4
+    asked = {}
+    for at in range(1000, 1400, 15):  # nothing came for ten minutes, as far as was seen
+        made.expire(float(at))
+        asked[at] = scaling(made).asked
+    assert asked[1285] == before
+    assert (asked[1300] or 0) < before
+
+
+def test_a_pool_that_lost_all_members_asks_for_what_it_had() -> None:
+    made = router(3)
+    traffic(made, 2.0, 0.0, 60.0)
+    made.learn(Reset(POOL, ()), 60.0)
+    for at in (75.0, 90.0):
+        made.expire(at)
+    look = scaling(made).last
+    assert look is not None
+    assert (look.seen.replicas, look.asked) == (0, 3)
+
+
+def test_a_pool_of_a_fixed_size_is_asked_for_just_that() -> None:
+    made = router(2, replace(SETTINGS, min_replicas=4, max_replicas=4))
+    traffic(made, 12.0, 0.0, 100.0)
+    for at in range(100, 1500, 15):
+        made.expire(float(at))
+        assert scaling(made).asked == 4
+    assert scaling(made).changes == 0
+
+
+def test_growth_is_seen_and_taken_along() -> None:
+    made = router(6)
+    traffic(made, 2.0, 0.0, 360.0, growth=1.0 / 60.0)
+    look = scaling(made).last
+    assert look is not None
+    assert look.seen.growth_per_s2 == pytest.approx(1.0 / 60.0, rel=0.1)
+    assert look.seen.later_per_s > look.seen.per_s + 1.0
+    assert look.need.at_once > look.need.up_to
 
 
 def test_what_came_is_what_is_asked_for() -> None:
@@ -266,3 +313,42 @@ def test_a_first_replica_gets_nothing_before_it_was_heard_of() -> None:
     sample(made, 0, 102.0, running=0, waiting=0)
     assert [type(turn.verdict) for turn in made.turns(102.0)] == [Route, Route]
     assert isinstance(made.arrive(request("Hello"), 102.1), Route)
+
+
+def test_growth_of_others_is_foretold_with_ours() -> None:
+    """Half of what runs on the replica is ours."""
+    made = Router([PoolSettings(POOL, queue=QUEUE, scaling=SETTINGS)], Random(1))
+    made.learn(Reset(POOL, replicas(1, A100)), 0.0)
+    sample(made, 0, 0.0, running=0, waiting=0, generated_tokens=0.0)
+    at, number = 0.0, 0
+    while at < 240.0:
+        number += 1
+        made.arrive(request(text(400, seed=number), output=4), at)
+        if number % 5 == 0:
+            sample(made, 0, at, running=2 * made.in_flight, waiting=0, generated_tokens=float(number))
+        if number % 20 == 0:
+            made.expire(at)
+        at += 1.0 / (1.0 + at / 60.0)
+    look = scaling(made).last
+    assert look is not None
+    assert look.seen.growth_per_s2 == pytest.approx(2.0 / 60.0, rel=0.3)
+    assert look.seen.later_per_s == pytest.approx(look.seen.per_s + 120.0 * look.seen.growth_per_s2, rel=0.3)
+
+
+def test_what_we_hold_others_hold_too() -> None:
+    def look(strangers: int) -> Seen:
+        made = Router([PoolSettings(POOL, queue=QUEUE, scaling=SETTINGS)], Random(1))
+        made.learn(Reset(POOL, replicas(1, A100)), 0.0)
+        sample(made, 0, 0.0, running=strangers, waiting=0, generated_tokens=0.0)
+        for i in range(30):
+            made.arrive(request(text(40_000, seed=i)), 0.1)
+        for at in range(1, 16):
+            sample(made, 0, float(at), running=made.in_flight + strangers, waiting=0, generated_tokens=float(at))
+        made.expire(16.0)
+        found = scaling(made).last
+        assert found is not None
+        return found.seen
+
+    alone, shared = look(0), look(20)
+    assert alone.in_flight == pytest.approx(shared.in_flight - 20, abs=2)
+    assert shared.late_requests > 2 * alone.late_requests > 0

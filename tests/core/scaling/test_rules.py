@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from extproc.core.scaling import capacity
 from extproc.core.scaling.arrivals import Mix
 from extproc.core.scaling.capacity import ReplicaModel
 from extproc.core.scaling.rules import RULES, Need, Seen, p95, thresholds, work
@@ -27,6 +28,7 @@ def seen(**fields: Any) -> Seen:
         "mix": MIX,
         "per_s": 10.0,
         "later_per_s": 10.0,
+        "growth_per_s2": 0.0,
         "queue": 0,
         "late_requests": 0.0,
         "in_flight": 10,
@@ -117,8 +119,25 @@ def test_late_first_tokens_ask_for_one_more_unless_one_is_starting() -> None:
 
 
 def test_the_way_down_wants_a_margin() -> None:
-    need = work(seen(per_s=6.5, later_per_s=6.5), SETTINGS)
+    need = work(seen(per_s=6.0, later_per_s=6.0), SETTINGS)
     assert (need.up_to, need.down_to) == (1, 2)
+
+
+def test_a_way_up_takes_along_what_growth_will_need_until_another_change_pays() -> None:
+    wide = replace(SETTINGS, max_replicas=20)
+    one_per_s = capacity.per_s(MODEL, MIX, 2, wide)
+    growing = seen(per_s=10.0, later_per_s=10.0, growth_per_s2=one_per_s / 200.0)  # a replica more every 200 s
+    need = work(growing, wide)
+    # Three at once are idle for 200 + 400 s, or 600 s of growth squared over twice 200 s: 900 replica-seconds, the price of a change.
+    assert (need.up_to, need.at_once) == (2, 2 + 3)
+    assert work(growing, replace(wide, change_cost_s=0.0)).at_once == 2
+    assert work(growing, replace(wide, change_cost_s=100.0)).at_once == 2 + 1
+    assert work(seen(per_s=10.0, later_per_s=10.0), wide).at_once == 2
+
+
+def test_growth_without_work_asks_for_nothing_more() -> None:
+    idle = seen(mix=Mix(1.0), growth_per_s2=1.0)
+    assert work(idle, SETTINGS).at_once == 1
 
 
 def test_nothing_is_needed_where_nothing_came_but_for_what_still_runs() -> None:
