@@ -39,10 +39,10 @@ class Watch:
 
 
 @asynccontextmanager
-async def watching(path: Path, recheck_s: float = NEVER_S) -> AsyncIterator[Watch]:
+async def watching(path: Path, recheck_s: float = NEVER_S, repeat_s: float = NEVER_S) -> AsyncIterator[Watch]:
     told: list[Change] = []
     mistakes: list[str] = []
-    source = FileSource("p", path, {"gpu": "h100"}, on_error=mistakes.append, recheck_s=recheck_s)
+    source = FileSource("p", path, {"gpu": "h100"}, on_error=mistakes.append, recheck_s=recheck_s, repeat_s=repeat_s)
     task = asyncio.create_task(source.run(told.append))
     try:
         yield Watch(source, told, mistakes)
@@ -129,6 +129,17 @@ class TestEvents:
 
 
 class TestMistakes:
+    @pytest.mark.parametrize("content", [None, "replicas: 7"])
+    async def test_that_last_are_said_again(self, tmp_path: Path, content: str | None) -> None:
+        """Where nothing happens to the file, too: an alert on the count shall stay on."""
+        path = tmp_path / "replicas.yaml"
+        if content is not None:
+            path.write_text(content)
+        async with watching(path, recheck_s=0.02, repeat_s=0.05) as watch:
+            await until(lambda: len(watch.mistakes) > 2)
+            assert len(set(watch.mistakes)) == 1
+            assert watch.source.errors == 1
+
     async def test_a_missing_directory_is_waited_for_and_counted_once(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:

@@ -26,7 +26,7 @@ from extproc.adapters.discovery.kube_api import (
     KubeError,
     Query,
 )
-from extproc.adapters.discovery.kube_client import PAGE, connector
+from extproc.adapters.discovery.kube_client import PAGE, TIMEOUT_S, connector
 from extproc.adapters.discovery.mirror import Pace
 from extproc.config import KubernetesDiscovery
 from extproc.core.types import Replica
@@ -89,6 +89,31 @@ class TestLists:
             assert server.asked[0].path == "/api/v1/namespaces/prod/pods"
             assert server.asked[0].headers["Accept"].startswith("application/json;as=PartialObjectMetadataList;")
 
+    async def test_that_never_end_fail(self, tmp_path: Path) -> None:
+        many = {"items": [{"metadata": {"name": "x"}}] * 10_000, "metadata": {"continue": "once more"}}
+        async with KubeServer(page=json.dumps(many).encode()) as server:
+            with pytest.raises(KubeError, match="more than 100000 objects; narrow the selector"):
+                await asked(server.kubeconfig(tmp_path / "k"))
+            assert len(server.asked) == 10
+
+    @pytest.mark.parametrize(
+        ("page", "mistake"),
+        [
+            (b"<html>", "not JSON"),
+            (b"[]", "not a list"),
+            (b'{"items": {}}', "not a list"),
+            (b'{"items": [7]}', "not a list"),
+            (b'{"items": []}', "it has no resourceVersion"),
+            (b'{"items": [], "metadata": "none"}', "it has no resourceVersion"),
+            (b'{"items": [], "metadata": ["continue"]}', "it has no resourceVersion"),
+        ],
+    )
+    async def test_that_are_none_fail(self, tmp_path: Path, page: bytes, mistake: str) -> None:
+        """An answer without members would be the removal of all of them."""
+        async with KubeServer(page=page) as server:
+            with pytest.raises(KubeError, match=mistake):
+                await asked(server.kubeconfig(tmp_path / "k"))
+
 
 class TestWatches:
     async def test_tell_what_came_after_a_version_with_bookmarks_and_end_when_the_server_ends_them(
@@ -113,6 +138,16 @@ class TestWatches:
             server.kube.forget()
             with pytest.raises(GoneError, match=r"too old resource version: 1 \(2\)"):
                 await watched(server.kubeconfig(tmp_path / "k"), "1")
+
+    async def test_from_a_version_that_is_yet_to_come_are_gone_too(self, tmp_path: Path) -> None:
+        """As after a restore of etcd: to ask on from there would be to wait for what is not going to happen."""
+        raw = (
+            b'{"type": "ERROR", "object": {"code": 504, "reason": "Timeout", '
+            b'"message": "Timeout: Too large resource version: 9, current: 3"}}\n'
+        )
+        async with KubeServer(raw=raw) as server:
+            with pytest.raises(GoneError, match="Too large resource version: 9, current: 3"):
+                await watched(server.kubeconfig(tmp_path / "k"), "9")
 
     async def test_whose_connection_is_cut_are_broken(self, tmp_path: Path) -> None:
         async with KubeServer() as server:
@@ -152,13 +187,29 @@ class TestRefusals:
         assert str(raised.value) == (
             'endpointslices.discovery.k8s.io is forbidden: User "system:serviceaccount:prod:extproc" cannot list '
             'resource "endpointslices" in API group "discovery.k8s.io" in the namespace "prod"; '
-            "docs/kubernetes.md lists the rights that discovery needs"
+            "allow it list and watch of endpointslices.discovery.k8s.io in namespace prod, "
+            "as deploy/kubernetes/base/rbac.yaml does"
         )
+
+    async def test_of_a_watch_name_the_right_whatever_the_server_says(self, tmp_path: Path) -> None:
+        """Some authorizers answer without a Status; in the stream it may come, too."""
+        allow = "allow it list and watch of pods in namespace blue"
+        async with KubeServer(status=403) as server:
+            with pytest.raises(KubeError, match=f"status 403; {allow}"):
+                await watched(server.kubeconfig(tmp_path / "k"), "1", query=Query(PODS, "blue"))
+        error = b'{"type": "ERROR", "object": {"code": 403, "message": "no longer"}}\n'
+        async with KubeServer(raw=error) as server:
+            with pytest.raises(KubeError, match=f"no longer; {allow}"):
+                await watched(server.kubeconfig(tmp_path / "k"), "1", query=Query(PODS, "blue"))
 
     async def test_of_what_the_server_does_not_have(self, tmp_path: Path) -> None:
         async with KubeServer(unknown={"endpointslices"}) as server:
-            with pytest.raises(KubeError, match="status 404; the API server does not know this resource"):
+            with pytest.raises(KubeError) as raised:
                 await asked(server.kubeconfig(tmp_path / "k"))
+        assert str(raised.value) == (
+            "status 404; the API server does not know endpointslices.discovery.k8s.io in namespace prod: "
+            "is its CustomResourceDefinition there, in this version?"
+        )
 
     @pytest.mark.parametrize("status", [429, 500, 502])
     async def test_without_words_have_their_status(self, tmp_path: Path, status: int) -> None:
@@ -200,6 +251,22 @@ class TestCredentials:
             ("7", "the kubeconfig cannot be used"),
             ("{}", "the kubeconfig cannot be used: KeyError"),
             ("{clusters: [], contexts: [], current-context: x}", "no credentials: Context 'x' not found"),
+            (
+                "{clusters: [{name: c, cluster: {server: x}}], contexts: [{name: x, context: {cluster: c}}], "
+                "current-context: x}",
+                "the kubeconfig cannot be used: .*Missing user",
+            ),
+            (
+                "{clusters: [{name: c, cluster: {server: 'http://x:y'}}], users: [{name: u, user: {token: t}}], "
+                "contexts: [{name: x, context: {cluster: c, user: u}}], current-context: x}",
+                "the kubeconfig cannot be used: InvalidURL",
+            ),
+            (
+                "{clusters: [{name: c, cluster: {server: 'https://x', certificate-authority: ca.crt}}], "
+                "users: [{name: u, user: {token: t}}], "
+                "contexts: [{name: x, context: {cluster: c, user: u}}], current-context: x}",
+                "no credentials: No such file or directory",
+            ),
         ],
     )
     async def test_of_a_kubeconfig_that_is_missing_or_wrong(
@@ -210,6 +277,41 @@ class TestCredentials:
             path.write_text(content)
         with pytest.raises(KubeError, match=mistake):
             await asked(path)
+
+    @pytest.mark.parametrize(
+        ("elsewhere", "mistake"),
+        [("none", "no credentials: Configuration file none not found"), ("~nobody-of-that-name/x", "cannot be used")],
+    )
+    async def test_of_a_pod_without_a_token_say_where_it_should_be(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: str, mistake: str
+    ) -> None:
+        monkeypatch.setenv("KUBECONFIG", elsewhere)
+        with pytest.raises(KubeError, match=mistake) as raised:
+            await asked(None, service_account=tmp_path)
+        hint = f"; in a pod {tmp_path} should have a token: is automountServiceAccountToken false?"
+        assert str(raised.value).endswith(hint)
+
+    @pytest.mark.parametrize(
+        ("command", "mistake"),
+        [
+            (["echo", "{}"], r"no credentials: the exec plugin of the kubeconfig gave no token \(KeyError"),
+            (["echo", "<html>"], "no credentials: the exec plugin of the kubeconfig gave no token"),
+            (["false"], "no credentials: Exec false returned 1"),
+            (["no-such-command"], "no credentials: No such file or directory: no-such-command"),
+        ],
+    )
+    async def test_of_an_exec_plugin_that_gives_none(self, tmp_path: Path, command: list[str], mistake: str) -> None:
+        path = KubeServer().kubeconfig(tmp_path / "k", exec=plugin(*command))
+        with pytest.raises(KubeError, match=mistake):
+            await asked(path)
+
+    async def test_of_an_exec_plugin_that_hangs_are_not_waited_for_beyond_the_watch(self, tmp_path: Path) -> None:
+        pid = tmp_path / "pid"
+        path = KubeServer().kubeconfig(tmp_path / "k", exec=plugin("sh", "-c", f"echo $$ > {pid}; exec sleep 1"))
+        with pytest.raises(KubeError, match=r"no watch within 0\.3 s"):
+            await watched(path, "1", 0.3 - TIMEOUT_S)
+        child = Path("/proc") / pid.read_text().strip()
+        await until(lambda: not child.exists())
 
     @pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate with openssl")
     async def test_of_a_service_account_in_the_cluster(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,6 +327,10 @@ class TestCredentials:
             assert server.asked[0].match_info["namespace"] == "blue"
             with pytest.raises(KubeError, match="CERTIFICATE_VERIFY_FAILED"):
                 await asked(server.kubeconfig(tmp_path / "k", token="t"))
+
+
+def plugin(command: str, *arguments: str) -> dict[str, Any]:
+    return {"apiVersion": "client.authentication.k8s.io/v1beta1", "command": command, "args": arguments}
 
 
 def certificate(directory: Path) -> None:
@@ -272,11 +378,39 @@ class TestSource:
                 loop = asyncio.get_running_loop()
                 began, before = loop.time(), len(server.asked)
                 await asyncio.sleep(0.3)
-                assert len(server.asked) - before <= (loop.time() - began) / (0.9 * FAST.first_pause_s)
+                assert len(server.asked) - before <= (loop.time() - began) / (0.5 * FAST.first_pause_s)
                 server.ends_at_once = False
                 server.kube.put(ENDPOINT_SLICES, endpoint_slice("vllm-1", endpoint("10.0.0.2")))
                 await until(lambda: watch.members == {"10.0.0.2:8000": Replica("10.0.0.2:8000")})
                 assert len(server.asks("endpointslices")) > 2
+
+    async def test_reads_again_what_was_cut_in_the_middle_of_a_line(self, tmp_path: Path) -> None:
+        async with KubeServer() as server:
+            server.kube.put(ENDPOINT_SLICES, endpoint_slice("vllm-1", endpoint("10.0.0.1")))
+            async with discovering(server, tmp_path, pod_labels={}) as watch:
+                await until(lambda: watch.members == {A: Replica(A)})
+                server.half_lines = 2
+                server.kube.put(ENDPOINT_SLICES, endpoint_slice("vllm-1", endpoint("10.0.0.2")))
+                await until(lambda: watch.members == {"10.0.0.2:8000": Replica("10.0.0.2:8000")})
+                assert server.half_lines == 0
+                assert [e.query.get("resourceVersion") for e in server.asked] == [None, "2", "2", "2"]
+                assert watch.mistakes == []
+
+    async def test_lists_again_where_the_server_has_gone_back_in_time(self, tmp_path: Path) -> None:
+        too_new = (
+            b'{"type": "ERROR", "object": {"code": 504, "message": "Too large resource version: 2, current: 1"}}\n'
+        )
+        async with KubeServer() as server:
+            server.kube.put(ENDPOINT_SLICES, endpoint_slice("vllm-1", endpoint("10.0.0.1")))
+            async with discovering(server, tmp_path, pod_labels={}) as watch:
+                await until(lambda: watch.members == {A: Replica(A)})
+                server.kube.objects.clear()
+                server.raw = too_new
+                server.kube.break_watches()
+                await until(lambda: watch.members == {})
+                server.raw = None
+                server.kube.put(ENDPOINT_SLICES, endpoint_slice("vllm-1", endpoint("10.0.0.2")))
+                await until(lambda: watch.members == {"10.0.0.2:8000": Replica("10.0.0.2:8000")})
 
     async def test_asks_the_server_to_end_a_watch_and_goes_on_where_it_ended(self, tmp_path: Path) -> None:
         pace = Pace(resync_s=1000, watch_s=1, first_pause_s=0.01, steady_s=0.5)

@@ -141,6 +141,11 @@ class TestMembers:
             a: Replica(a, {"gpu": "h100", "tp": "2"}, drain=True) for a in ("10.0.0.1:8000", "10.0.0.1:8001")
         }
 
+    @pytest.mark.parametrize("order", [1, -1])
+    def test_an_address_that_a_new_pod_has_is_not_drained_by_the_one_before(self, order: int) -> None:
+        pods = [PodSeen("10.0.0.1", True, {"tp": "1"}), PodSeen("10.0.0.1", False, {"tp": "2"})]
+        assert pool_members(PoolSpec("a=b", (8000,)), pods[::order], {}) == {A: Replica(A, {"tp": "2"})}
+
     def test_the_older_pool_says_the_same_in_other_words(self) -> None:
         item = {"metadata": {"name": "p"}, "spec": {"selector": {"app": "vllm"}, "targetPortNumber": 8000}}
         assert pool_spec(item) == PoolSpec("app=vllm", (8000,))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from random import Random
 from typing import Any
 
@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from extproc.adapters.discovery import InferencePoolSource, SliceSource
-from extproc.adapters.discovery.kube_api import ENDPOINT_SLICES, PODS, FakeKube, Query
+from extproc.adapters.discovery.kube_api import ENDPOINT_SLICES, PODS, Event, FakeKube, KubeError, Query
 from extproc.adapters.discovery.kube_objects import pod_labels
 from extproc.adapters.discovery.mirror import Mirror, Pace
 from extproc.config import InferencePoolDiscovery, KubernetesDiscovery
@@ -128,6 +128,22 @@ class TestEndpointSlices:
             go.set()
             await watch.tells(Reset("p", (Replica(A, drain=True),)))
 
+    async def test_labels_that_fail_to_come_once_or_twice_are_waited_for(self) -> None:
+        """Without them a replica that was taken out by hand would get requests for as long."""
+
+        class TiredAtFirst(FakeKube):
+            async def list(self, query: Any) -> Any:
+                if query.resource == PODS and (refusals := refusals_left.pop(0)):
+                    raise KubeError(refusals)
+                return await super().list(query)
+
+        refusals_left, kube = ["too many requests", "too many requests", ""], TiredAtFirst()
+        kube.put(ENDPOINT_SLICES, endpoint_slice("vllm-1", endpoint("10.0.0.1", pod="a")))
+        kube.put(PODS, pod("a", {"drain": "true"}))
+        async with running(slices_of(kube)) as watch:
+            await watch.tells(Reset("p", (Replica(A, drain=True),)))
+            assert refusals_left == []
+
     async def test_a_selector_takes_the_slices_of_several_services(self) -> None:
         kube = FakeKube()
         for name in ("a", "b", "c"):
@@ -188,6 +204,26 @@ class TestTrouble:
             await watch.tells(Add("p", Replica(B)), Remove("p", A))
             assert kube.lists == 1  # the watch went on where it was
 
+    async def test_trouble_that_lasts_is_said_again(self) -> None:
+        """Of each kind: what cannot be asked, what cannot be read, and what is not there."""
+        pace = Pace(1000, 0.005, 0.001, 0.005, steady_s=0.0, repeat_s=0.01)
+        service = KubernetesDiscovery(service="vllm", pod_labels={})
+        query = "endpointslices.discovery.k8s.io with kubernetes.io/service-name=vllm"
+        kube = FakeKube()
+        async with running(slices_of(kube, service, pace=pace)) as watch:
+            for text in ("there is none; check service and namespace", "vllm-1: its ports are none; set port", "down"):
+                await until(lambda text=text: watch.mistakes.count(f"{query}: {text}") > 2)  # type: ignore[misc]
+                if kube.objects:
+                    kube.down = "down"
+                else:
+                    kube.put(ENDPOINT_SLICES, endpoint_slice("vllm-1", endpoint("10.0.0.1"), port=None))
+            kube.down = None
+            kube.put(ENDPOINT_SLICES, endpoint_slice("vllm-1", endpoint("10.0.0.1")))
+            await until(lambda: watch.members == {A: Replica(A)})
+            said = len(watch.mistakes)
+            await asyncio.sleep(0.05)
+            assert len(watch.mistakes) == said
+
     async def test_an_outage_at_the_start_gives_no_reset_until_it_is_over(self) -> None:
         kube = kube_with(endpoint("10.0.0.1"))
         kube.down = "Connection refused"
@@ -231,6 +267,27 @@ class TestTrouble:
             kube.put(ENDPOINT_SLICES, endpoint_slice("vllm-1", endpoint("10.0.0.2")))
             await watch.tells(Add("p", Replica(B)), Remove("p", A))
             assert kube.lists == 1
+
+    async def test_a_server_that_cuts_each_watch_short_is_asked_with_pauses_and_told_of(self) -> None:
+        """Whatever they tell first: this one has a bookmark of another version each time."""
+
+        class Short(FakeKube):
+            watches = 0
+
+            async def watch(self, _query: Query, version: str, _timeout_s: float) -> AsyncGenerator[Event, None]:
+                self.watches += 1
+                yield Event("BOOKMARK", {"metadata": {"resourceVersion": str(int(version) + 1)}})
+
+        kube = Short()
+        kube.put(ENDPOINT_SLICES, endpoint_slice("vllm-1", endpoint("10.0.0.1")))
+        service, pace = KubernetesDiscovery(service="vllm", pod_labels={}), Pace(1000, 1000, 0.05, 1000, 0.5)
+        async with running(slices_of(kube, service, pace=pace)) as watch:
+            await until(
+                lambda: kube.watches == 4, every_s=0.001
+            )  # after 0.05, 0.1 and 0.2 s; the next comes after 0.4 s
+            text = "endpointslices.discovery.k8s.io with kubernetes.io/service-name=vllm"
+            assert watch.mistakes == [f"{text}: watches end sooner than after 0.5 s"]
+            assert watch.members == {A: Replica(A)}
 
     async def test_everything_is_listed_again_now_and_then(self) -> None:
         """The server lost an event; only a list can tell."""
@@ -325,6 +382,19 @@ class TestInferencePool:
             kube.put(PODS, pod("d", {"app": "blue"}, ip="10.0.0.4"))
             await watch.tells(Add("p", Replica(C)))
             assert [query.labels for query in kube.watching if query.resource == PODS] == ["app=green"]
+
+    async def test_that_cannot_be_read_is_not_called_missing(self) -> None:
+        kube = FakeKube()
+        kube.put(POOLS, inference_pool("vllm", {}, 8000))
+        kube.put(PODS, pod("a", {"app": "vllm"}, ip="10.0.0.1"))
+        async with running(pool_of(kube)) as watch:
+            await until(lambda: watch.mistakes)
+            await watch.stays_quiet()
+            kube.put(POOLS, inference_pool("vllm", {"app": "vllm"}, 8000))
+            await watch.tells(Reset("p", (Replica(A),)))
+            assert watch.mistakes == [
+                "inferencepools.inference.networking.k8s.io vllm: vllm: spec needs a selector and targetPorts"
+            ]
 
     async def test_that_is_missing_or_deleted_changes_nothing(self) -> None:
         kube = FakeKube()

@@ -27,7 +27,7 @@ KUBERNETES = DEPLOY / "kubernetes"
 
 HEAD = "# Written by `python -m tests.deploy.render` from {source}; do not edit.\n"
 
-EXTRAS = ("kubernetes", "dns")
+EXTRAS = ("kubernetes", "dns", "events")
 """Of extproc's own, those that the image has."""
 IMAGE = {"sys_platform": "linux", "os_name": "posix", "platform_system": "Linux", "implementation_name": "cpython"}
 """Of the environment for which the image is built, what decides in markers of packages; both architectures have the same."""

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 import yaml
+from aiohttp import web
 
 from extproc.config import load
 from extproc.envoy import bootstrap, endpoints
 from tests.deploy.support import DEPLOY, KUBERNETES
+from tests.support.backend import Backend
+from tests.support.ports import free_port
 
 Json = dict[str, Any]
 
@@ -51,9 +57,46 @@ def mounts(service: Json) -> Iterator[tuple[str, str]]:
 def test_what_a_service_mounts_is_there(name: str) -> None:
     for source, _ in mounts(SERVICES[name]):
         if source.startswith("."):
-            assert (DEPLOY / source).is_file(), source
+            assert (DEPLOY / source).exists(), source
         else:
             assert source in COMPOSE["volumes"]
+
+
+def test_a_file_that_is_followed_is_mounted_with_its_directory() -> None:
+    """A file that is mounted alone stays the one that it was, whatever an editor puts in its place."""
+    directory = dict(mounts(SERVICES["extproc"]))["./compose"]
+    command = re.findall(r"^CMD \[(.*)\]", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)[-1]
+    assert f'"{directory}/extproc.yaml"' in command
+    assert (DEPLOY / "compose" / "extproc.yaml").is_file()
+
+
+def test_replicas_have_addresses_that_nobody_else_is_given() -> None:
+    (config,) = COMPOSE["networks"]["fleet"]["ipam"]["config"]
+    fixed = [s["networks"]["fleet"]["ipv4_address"] for s in SERVICES.values() if isinstance(s["networks"], dict)]
+    assert fixed
+    for address in map(ip_address, fixed):
+        assert address in ip_network(config["subnet"])
+        assert address not in ip_network(config["ip_range"])
+
+
+async def test_checks_ask_the_process_itself_and_no_proxy() -> None:
+    """Docker gives HTTP_PROXY to every container of a host behind one."""
+    dockerfile = (DEPLOY / "Dockerfile").read_text()
+    (own,) = re.findall(r"^  CMD (\[.*\])$", dockerfile, re.MULTILINE)
+    checks = [(json.loads(own), "9003", "/livez"), (SERVICES["vllm-0"]["healthcheck"]["test"][1:], "8000", "/health")]
+
+    async def answer(request: web.Request) -> web.Response:
+        return web.Response(status=status)
+
+    async with Backend(answer) as backend:
+        for command, port, path in checks:
+            code = command[-1].replace(port, str(backend.port))
+            for status in (200, 503):
+                check = await asyncio.create_subprocess_exec(
+                    sys.executable, "-c", code, env={"http_proxy": f"http://127.0.0.1:{free_port()}"}
+                )
+                assert (await asyncio.wait_for(check.wait(), 30) == 0) == (status == 200)
+                assert backend.received[-1].path == path
 
 
 def test_envoy_and_extproc_share_socket_and_members_as_one_user() -> None:

@@ -147,7 +147,8 @@ async def test_every_extproc_is_told_until_none_has_a_request_there() -> None:
 
     async with Backend(told) as router, Backend(idle) as engine:
         options = ("--within=60", "--routers=localhost", f"--routers-port={router.port}", f"--port={engine.port}")
-        script = await run(sys.executable, str(BASE / "drain.py"), *options, POD_IP="10.0.0.7")
+        proxy = f"http://127.0.0.1:{free_port()}"  # for the download of weights, say: not for this
+        script = await run(sys.executable, str(BASE / "drain.py"), *options, POD_IP="10.0.0.7", http_proxy=proxy)
         await until(lambda: len(engine.received) >= 2, timeout_s=15)
         assert script.returncode is None
         on_its_way = 0

@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 from collections.abc import Iterator
+from contextlib import nullcontext
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,10 +15,12 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 from click.testing import CliRunner
+from jsonschema import ValidationError
 
 from extproc.cli import main
-from extproc.config import load
+from extproc.config import Scaling, load
 from extproc.envoy import bootstrap
+from tests.deploy import schemas
 from tests.deploy.support import (
     COMPONENTS,
     DEPLOY,
@@ -61,12 +65,31 @@ SHAPES = {
 
 
 def test_kinds_of_kubernetes_are_by_its_schema(way: Built) -> None:
-    kubernetes_validate = pytest.importorskip(
-        "kubernetes_validate", reason="no kubernetes-validate here, which has the schemas"
-    )
     for each in way.objects:
         if each["kind"] not in SHAPES:
-            kubernetes_validate.validate(each, "1.34", strict=True)
+            schemas.validate(each)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "mistake"),
+    [
+        (["replicas"], "2", "'2' is not of type"),
+        (["template", "spec", "terminationGracePeriod"], 5, "'terminationGracePeriod' was unexpected"),
+        (["template", "spec", "containers", 0, "name"], None, "None is not of type 'string'"),
+        (["template", "spec", "containers", 0, "livenessProbe", "httpGet", "path"], 7, "7 is not of type"),
+        (["selector"], {}, ""),
+    ],
+)
+def test_the_schemas_notice_mistakes(path: list[Any], value: Any, mistake: str) -> None:
+    deployment = deepcopy(built("sidecar").one("Deployment", "extproc"))
+    inner = deployment["spec"]
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    with pytest.raises(ValidationError, match=mistake) if mistake else nullcontext():
+        schemas.validate(deployment)
+    with pytest.raises(LookupError, match="no schema of deployment-apps-v2"):
+        schemas.validate({**deployment, "apiVersion": "apps/v2"})
 
 
 def test_kinds_of_others_have_what_they_must(way: Built) -> None:
@@ -103,20 +126,21 @@ def test_selectors_find_pods(way: Built) -> None:
 
 def test_services_and_monitors_name_ports_that_pods_have(way: Built) -> None:
     for service in way.of("Service"):
-        named = ports(way, service["spec"]["selector"])
-        assert {p["targetPort"] for p in service["spec"]["ports"]} <= named
+        found = ports(way, service["spec"]["selector"], sidecars=False)
+        numbers = {p["containerPort"] for p in ports(way, service["spec"]["selector"]).values()}
+        assert {p["targetPort"] for p in service["spec"]["ports"]} <= set(found) | numbers
     for monitor in way.of("PodMonitor"):
         named = ports(way, monitor["spec"]["selector"]["matchLabels"])
-        assert {e["port"] for e in monitor["spec"]["podMetricsEndpoints"]} <= named
+        assert {e["port"] for e in monitor["spec"]["podMetricsEndpoints"]} <= set(named)
 
 
-def ports(way: Built, selector: Json) -> set[str]:
-    """Names of the ports of the pods selected."""
+def ports(way: Built, selector: Json, *, sidecars: bool = True) -> dict[str, Json]:
+    """The ports of the pods selected by their names, which a Service does not find in sidecars before Kubernetes 1.32."""
     return {
-        port["name"]
+        port["name"]: port
         for _, template in way.pods()
         if selects(selector, template["metadata"]["labels"])
-        for container in containers(template)
+        for container in (containers(template) if sidecars else template["spec"]["containers"])
         for port in container.get("ports", ())
     }
 
@@ -162,6 +186,23 @@ def test_scalers_scale_something_that_is_there(way: Built) -> None:
             if (address := trigger["metadata"].get("scalerAddress")) is not None:
                 name, _, port = address.partition(".llm.svc:")
                 assert int(port) in {p["port"] for p in way.one("Service", name)["spec"]["ports"]}
+
+
+def test_scalers_add_no_cooldowns_or_steps_to_those_of_extproc(way: Built) -> None:
+    """A minute apart where KEDA asks one router, and may come to ask another."""
+    rule = Scaling()
+    for scaler in way.of("HorizontalPodAutoscaler", "ScaledObject"):
+        spec = scaler["spec"]
+        behavior = spec.get("behavior") or spec["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
+        one_router = any(t["type"] == "external-push" for t in spec.get("triggers", ()))
+        down_s = behavior["scaleDown"]["stabilizationWindowSeconds"]
+        assert behavior["scaleUp"]["stabilizationWindowSeconds"] == 0
+        assert down_s == (60 if one_router else 0) < rule.down_cooldown_s
+        for way_of, step in (("scaleUp", rule.max_step_up), ("scaleDown", rule.max_step_down)):
+            (policy,) = behavior[way_of]["policies"]
+            assert policy["type"] == "Pods"
+            assert policy["value"] >= step
+            assert policy["periodSeconds"] <= rule.interval_s
 
 
 def test_everything_is_in_one_namespace(way: Built) -> None:
@@ -363,6 +404,12 @@ def test_nothing_of_envoys_admin_interface_is_shown_but_two_pages(overlay: Built
     shown = [r["match"] for r in routes(overlay) if r["route"]["cluster"] == "admin"]
     assert {match["path"] for match in shown} == {"/ready", "/stats/prometheus"}
     assert all(match["headers"][0]["string_match"] == {"exact": "GET"} for match in shown)
+
+
+def test_a_scaler_may_keep_its_stream_open_while_nothing_changes(overlay: Built) -> None:
+    """Envoy ends a stream that is silent for five minutes, unless its route says otherwise; KEDA comes back late then."""
+    (route,) = (r["route"] for r in routes(overlay) if "externalscaler" in str(r["match"]))
+    assert route == {"cluster": "extproc", "timeout": "0s", "idle_timeout": "0s"}
 
 
 def test_the_overlay_that_the_page_shows_builds(tmp_path: Path) -> None:

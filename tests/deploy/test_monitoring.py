@@ -150,6 +150,20 @@ def test_expressions_name_labels_that_the_series_have() -> None:
             assert wanted <= known[one], f"{one}: {wanted - known[one]} in {expression}"
 
 
+async def test_the_count_of_discovery_errors_is_there_before_the_first() -> None:
+    """A series that begins with 1 has not increased, and no alert would fire on what is wrong from the start."""
+    app = App(
+        parse(
+            f"{{listen: {{grpc: '127.0.0.1:{free_port()}', http: '127.0.0.1:{free_port()}'}}, pools: [{{replicas: ['127.0.0.1:1']}}]}}"
+        )
+    )
+    await app.start()
+    try:
+        assert app.registry.get_sample_value("extproc_discovery_errors_total", {"pool": "default"}) == 0.0
+    finally:
+        await app.stop(grace_s=0)
+
+
 # --- Prometheus' own word ---------------------------------------------------------------------------------------------
 
 

@@ -27,6 +27,8 @@ class DnsServer:
     ttl_s: int = 3
     additional: dict[str, str] = field(default_factory=dict)
     """Host -> IPv4 address, sent along with every SRV answer."""
+    aliases: dict[str, tuple[str, int]] = field(default_factory=dict)
+    """Name -> the name that it stands for, and for how many seconds; both are in the answer."""
     rcode: int = dns.rcode.NOERROR
     silent: bool = False
     truncate: bool = False
@@ -69,6 +71,10 @@ class DnsServer:
         return response.to_wire()
 
     def _fill(self, response: dns.message.Message, name: str, kind: str, transport: str) -> None:
+        if name in self.aliases:
+            target, ttl_s = self.aliases[name]
+            response.answer.append(dns.rrset.from_text(name, ttl_s, "IN", "CNAME", target))
+            name = target
         if self.truncate and transport == "udp":
             response.flags |= dns.flags.TC
         elif name not in self.records:

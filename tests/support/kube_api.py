@@ -52,8 +52,12 @@ class KubeServer:
     """Tell of a version that is too old by an event, as servers do whose cache has moved on, instead of by the status."""
     raw: bytes | None = None
     """When it is not None, what a watch says instead, before it is held."""
+    page: bytes | None = None
+    """When it is not None, what a list says instead."""
     ends_at_once: bool = False
     """Watches end when they begin."""
+    half_lines: int = 0
+    """So many more events are cut in the middle of their line, and the connection with them."""
     asked: list[web.Request] = field(default_factory=list)
     _pages: dict[str, tuple[Listed, int]] = field(default_factory=dict)
     _runner: web.AppRunner | None = None
@@ -78,7 +82,7 @@ class KubeServer:
         """The requests for one resource, in order."""
         return [request for request in self.asked if request.match_info["plural"] == plural]
 
-    def kubeconfig(self, path: Path, **user: str) -> Path:
+    def kubeconfig(self, path: Path, **user: Any) -> Path:
         """Write one for this server, with the namespace `prod`."""
         scheme = "https" if self.tls else "http"
         config = {
@@ -98,6 +102,8 @@ class KubeServer:
         try:
             if request.query.get("watch") == "true":
                 return await self._watch(request)
+            if self.page is not None:
+                return web.Response(body=self.page, content_type="application/json")
             return web.json_response(self._list(request))
         except GoneError as e:
             return _status(410, "Expired", str(e))
@@ -161,9 +167,9 @@ class KubeServer:
             if first.done() and isinstance(first.exception(), GoneError) and not self.gone_in_stream:
                 raise GoneError(str(first.exception()))
             await answer.prepare(request)
-            await _write(answer, request, await first)
+            await self._write(answer, request, await first)
             async for event in events:
-                await _write(answer, request, event)
+                await self._write(answer, request, event)
         except StopAsyncIteration:
             return answer
         except GoneError as e:
@@ -177,12 +183,16 @@ class KubeServer:
                 request.transport.abort()
         return answer
 
-
-async def _write(answer: web.StreamResponse, request: web.Request, event: Event) -> None:
-    """Bookmarks only to those who ask for them."""
-    if event.kind != "BOOKMARK" or request.query.get("allowWatchBookmarks") == "true":
-        line = json.dumps({"type": event.kind, "object": _shown(request, event.item)})
-        await answer.write(line.encode() + b"\n")
+    async def _write(self, answer: web.StreamResponse, request: web.Request, event: Event) -> None:
+        """Bookmarks only to those who ask for them."""
+        if event.kind == "BOOKMARK" and request.query.get("allowWatchBookmarks") != "true":
+            return
+        line = json.dumps({"type": event.kind, "object": _shown(request, event.item)}).encode() + b"\n"
+        if self.half_lines:
+            self.half_lines -= 1
+            await answer.write(line[: len(line) // 2])
+            raise BrokenError("cut in the middle of a line")
+        await answer.write(line)
 
 
 def _query(request: web.Request) -> Query:

@@ -20,12 +20,15 @@ SETTLE_S = 3.0
 TIMEOUT_S = 5.0
 """A busy engine answers late."""
 
+direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Whatever HTTP_PROXY says, which replicas often have for the download of weights: it knows no pods."""
+
 
 def in_flight_by(router: str, replica: str, left_s: float) -> int | None:
     """Tell an extproc (`ip:port`), and hear how many requests it has at the replica; None where it does not say."""
     url = f"http://{router}/replicas/drain?replica={replica}&within_s={max(left_s, 0.0):.0f}"
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, method="POST"), timeout=TIMEOUT_S) as answer:
+        with direct.open(urllib.request.Request(url, method="POST"), timeout=TIMEOUT_S) as answer:
             return sum(pool["in_flight"] for pool in json.load(answer))
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -34,7 +37,7 @@ def in_flight_by(router: str, replica: str, left_s: float) -> int | None:
 def running_here(port: int) -> int | None:
     """Requests in the engine, by its own page; None while it does not answer, 0 where nothing listens any more."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=TIMEOUT_S) as page:
+        with direct.open(f"http://127.0.0.1:{port}/metrics", timeout=TIMEOUT_S) as page:
             text = page.read().decode()
     except urllib.error.URLError as e:
         return 0 if isinstance(e.reason, ConnectionRefusedError) else None

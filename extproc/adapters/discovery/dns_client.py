@@ -15,11 +15,13 @@ import dns.rdataclass
 import dns.rdatatype
 import dns.resolver
 
-from extproc.adapters.discovery.resolver import Answer, ResolveError
+from extproc.adapters.discovery.resolver import Answer, NoSuchNameError, ResolveError
 from extproc.config import Address
 
 TIMEOUT_S: Final = 5.0
 """For one question, over all servers and attempts."""
+ALL_TIMEOUT_S: Final = 30.0
+"""For all questions of one answer: SRV records, and their targets one by one."""
 MAX_TARGETS: Final = 1000
 """Hosts of SRV records that are looked up; a record set cannot hold many more (64 KiB)."""
 AT_ONCE: Final = 16
@@ -41,8 +43,11 @@ class DnsClient:
         """As `Resolver.resolve`. Raises ResolveError."""
         try:
             if port is None:
-                return await self._services(name)
+                async with asyncio.timeout(ALL_TIMEOUT_S):
+                    return await self._services(name)
             ips, ttl_s = await self._hosts(name)
+        except dns.resolver.NXDOMAIN:
+            raise NoSuchNameError(f"{name} does not exist") from None
         except (dns.exception.DNSException, OSError) as e:
             raise ResolveError(_said(e, name)) from None
         return Answer(tuple(_address(ip, port) for ip in ips), ttl_s)
@@ -55,25 +60,35 @@ class DnsClient:
     async def _services(self, name: str) -> Answer:
         found = await self._ask(name, "SRV")
         if found.rrset is None:
-            return Answer((), _negative_ttl_s(found))
+            return Answer((), _ttl_s(found))
         ports = sorted({(str(record.target), record.port) for record in found.rrset})[:MAX_TARGETS]
         known = _additional(found.response)
         unknown = [host for host in dict.fromkeys(host for host, _ in ports) if host not in known]
-        slots = asyncio.Semaphore(AT_ONCE)
-        known.update(zip(unknown, await asyncio.gather(*(self._in_turn(slots, host) for host in unknown)), strict=True))
+        known.update(zip(unknown, await self._targets(unknown), strict=True))
         addresses = {_address(ip, port): None for host, port in ports for ip in known[host][0]}
-        ttls = [float(found.rrset.ttl), *(known[host][1] for host, _ in ports)]
+        ttls = [_ttl_s(found), *(known[host][1] for host, _ in ports)]
         return Answer(tuple(addresses), min(ttls))
+
+    async def _targets(self, hosts: list[str]) -> list[Found]:
+        """In the same order. The first that fails ends the questions for the others, which would pile up from one attempt to the next."""
+        slots = asyncio.Semaphore(AT_ONCE)
+        asking = [asyncio.create_task(self._in_turn(slots, host)) for host in hosts]
+        try:
+            return list(await asyncio.gather(*asking))
+        finally:
+            for task in asking:
+                task.cancel()
 
     async def _in_turn(self, slots: asyncio.Semaphore, host: str) -> Found:
         async with slots:
-            return await self._hosts(host)
+            try:
+                return await self._hosts(host)
+            except dns.resolver.NXDOMAIN:
+                raise ResolveError(f"{host}, a target of the SRV records, does not exist") from None
 
     async def _records(self, name: str, kind: str) -> Found:
         found = await self._ask(name, kind)
-        if found.rrset is None:
-            return (), _negative_ttl_s(found)
-        return tuple(sorted(record.address for record in found.rrset)), float(found.rrset.ttl)
+        return tuple(sorted(record.address for record in found.rrset or ())), _ttl_s(found)
 
     async def _ask(self, name: str, kind: str) -> dns.resolver.Answer:
         if self._resolver is None:
@@ -99,12 +114,9 @@ def _additional(response: dns.message.Message) -> dict[str, Found]:
     }
 
 
-def _negative_ttl_s(found: dns.resolver.Answer) -> float:
-    """For how long there being no records holds: the lesser of TTL and minimum of the SOA record (RFC 2308 5)."""
-    for rrset in found.response.authority:
-        if rrset.rdtype == dns.rdatatype.SOA:
-            return float(min(rrset.ttl, rrset[0].minimum))
-    return 0.0
+def _ttl_s(found: dns.resolver.Answer) -> float:
+    """The least of the records and of the aliases that led to them; without records what the SOA record says (RFC 2308 5)."""
+    return float(found.chaining_result.minimum_ttl)
 
 
 def _address(ip: str, port: int) -> str:
@@ -112,9 +124,7 @@ def _address(ip: str, port: int) -> str:
 
 
 def _said(error: Exception, name: str) -> str:
-    if isinstance(error, dns.resolver.NXDOMAIN):
-        return f"{name} does not exist"
-    if isinstance(error, dns.resolver.LifetimeTimeout):
+    if isinstance(error, dns.resolver.LifetimeTimeout | TimeoutError):
         return f"{name}: no answer in time"
     if isinstance(error, dns.resolver.NoNameservers):
         return f"{name}: every name server failed"

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Final
 
 from extproc.adapters.discovery.base import Emit, OnError, difference, ignore_errors, reset
+from extproc.adapters.discovery.complaints import REPEAT_S, Complaints
 from extproc.adapters.discovery.listing import ListingError, parse
 from extproc.adapters.watching import RECHECK_S, moments
 from extproc.core.types import Replica
 
 log = logging.getLogger(__name__)
 
+_FILE: Final = "file"
 MAX_BYTES: Final = 8 * 1024 * 1024
 """Largest file that is read; ten thousand replicas with labels take about 2 MiB."""
 
@@ -24,7 +26,7 @@ class FileSource:
     """A Reset when the file was first read, then the fewest changes each time that its content differs.
 
     A file that is missing or wrong changes nothing, at the start as later: the members stay as they were last read.
-    Each mistake is counted, logged and handed to `on_error` once, not again until the file has another one or was good in between.
+    Each mistake is said when it is new, and again for as long as it lasts (see Complaints).
     """
 
     def __init__(
@@ -35,15 +37,16 @@ class FileSource:
         *,
         on_error: OnError = ignore_errors,
         recheck_s: float = RECHECK_S,
+        repeat_s: float = REPEAT_S,
     ) -> None:
-        """`recheck_s`: the file is read again after so long without an event."""
+        """`recheck_s`: the file is read again after so long without an event; `repeat_s` for tests."""
         self.pool = pool
         self.path = path
         self.errors = 0
         self.mistake: str | None = None
         """What is wrong with the file now; None when it was good at the last look."""
         self._labels = labels
-        self._on_error = on_error
+        self._complaints = Complaints(on_error, repeat_s)
         self._recheck_s = recheck_s
         self._members: dict[str, Replica] | None = None
         self._content: bytes | None = None
@@ -67,6 +70,7 @@ class FileSource:
             self._failed(e)
             return
         if content == self._content:
+            self._complaints.remind()
             return
         self._content = content
         try:
@@ -75,6 +79,7 @@ class FileSource:
             self._failed(e)
         else:
             self.mistake = None
+            self._complaints.settle(_FILE)
             self._became(members, emit)
 
     def _became(self, members: dict[str, Replica], emit: Emit) -> None:
@@ -88,12 +93,10 @@ class FileSource:
 
     def _failed(self, error: ListingError) -> None:
         mistake = str(error)
-        if mistake == self.mistake:
-            return
+        if mistake != self.mistake:
+            self.errors += 1
         self.mistake = mistake
-        self.errors += 1
-        log.warning("%s: %s; the members of pool %s stay as they are", self.path, mistake, self.pool)
-        self._on_error(f"{self.path}: {mistake}")
+        self._complaints.say(_FILE, f"{self.path}: {mistake}", f"the members of pool {self.pool} stay as they are")
 
 
 def _read(path: Path) -> bytes:

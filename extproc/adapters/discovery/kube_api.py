@@ -70,7 +70,7 @@ class KubeError(Exception):
 
 
 class GoneError(KubeError):
-    """The version is too old for the server to know what came after it (410): list again."""
+    """The server does not know what came after the version: it is too old (410), or of before a restore of etcd. List again."""
 
 
 class BrokenError(KubeError):

@@ -250,14 +250,22 @@ def pod_seen(item: Object, names: Labels) -> PodSeen | None:
 
 
 def pool_members(spec: PoolSpec, pods: Iterable[PodSeen | None], pool_labels: Labels) -> dict[str, Replica]:
-    """Replicas by address: every port of every pod."""
+    """Replicas by address: every port of every pod.
+
+    An address may be another pod's already while the one before is still listed as leaving: the one that does not drain counts.
+    """
     endpoints = (
         (Endpoint(_address(pod.ip, port), pod.drain), pod.labels)
         for pod in pods
         if pod is not None
         for port in spec.ports
     )
-    return {endpoint.address: _replica(endpoint, labels, pool_labels) for endpoint, labels in endpoints}
+    found: dict[str, Replica] = {}
+    for endpoint, labels in endpoints:
+        known = found.get(endpoint.address)
+        if known is None or known.drain:
+            found[endpoint.address] = _replica(endpoint, labels, pool_labels)
+    return found
 
 
 # --- both -------------------------------------------------------------------------------------------------------------

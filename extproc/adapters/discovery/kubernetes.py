@@ -26,8 +26,9 @@ T = TypeVar("T")
 class SliceSource:
     """The endpoints of all EndpointSlices that match, with the labels of their pods.
 
-    A Reset when the slices were first listed and the pods' labels are there or cannot be had; then the fewest changes. Whatever
-    fails later changes nothing: the members stay as they were last known.
+    A Reset when the slices were first listed and the pods' labels are there, or were asked for three times in vain: without them a
+    replica that somebody took out by the label `drain` would get requests. Then the fewest changes. Whatever fails later changes
+    nothing: the members stay as they were last known.
     """
 
     def __init__(
@@ -46,11 +47,12 @@ class SliceSource:
         self._labels = labels
         self._told = Membership(pool)
         self._moved = asyncio.Event()
-        self._absent = False
         mirrors = _Mirrors(connect, self._moved, on_error, rng or Random(), pace or Pace(resync_s=settings.resync_s))
         query = Query(ENDPOINT_SLICES, settings.namespace, _slice_selector(settings))
         self._slices: Mirror[tuple[Endpoint, ...]] = mirrors(
-            query, partial(objects.slice_endpoints, port=settings.port)
+            query,
+            partial(objects.slice_endpoints, port=settings.port),
+            ("there is none; check service and namespace", "the pool is empty"),
         )
         self._pods: Mirror[Labels] | None = None
         if settings.pod_labels:
@@ -76,9 +78,6 @@ class SliceSource:
         slices, pods = self._slices.items, self._pods
         if slices is None or (pods is not None and not pods.tried):
             return
-        if (absent := not slices) and not self._absent:
-            self._slices.complain("there is none; check service and namespace", "the pool is empty")
-        self._absent = absent
         labels = pods.items or {} if pods is not None else {}
         self._told.became(objects.slice_members(slices.values(), labels, self._labels), emit)
 
@@ -107,13 +106,14 @@ class InferencePoolSource:
         self._labels = labels
         self._told = Membership(pool)
         self._moved = asyncio.Event()
-        self._absent = False
         self._mirrors = _Mirrors(
             connect, self._moved, on_error, rng or Random(), pace or Pace(resync_s=settings.resync_s)
         )
         resource = Resource("inferencepools", POOL_VERSIONS[settings.group], settings.group)
         self._pools: Mirror[PoolSpec] = self._mirrors(
-            Query(resource, settings.namespace, name=settings.name), objects.pool_spec
+            Query(resource, settings.namespace, name=settings.name),
+            objects.pool_spec,
+            ("there is none; check its name and namespace", "what was known stays"),
         )
         self._spec: PoolSpec | None = None
         self._pods: Mirror[PodSeen | None] | None = None
@@ -138,7 +138,6 @@ class InferencePoolSource:
         if self._pools.items is None:
             return
         spec = self._pools.items.get(self._settings.name)
-        self._note_absence(spec is None)
         if spec is None or spec == self._spec:
             return
         if self._spec is None or spec.selector != self._spec.selector:
@@ -148,11 +147,6 @@ class InferencePoolSource:
             self._pods = self._mirrors(query, partial(objects.pod_seen, names=self._settings.pod_labels))
             self._watching = tasks.create_task(self._pods.run())
         self._spec = spec
-
-    def _note_absence(self, absent: bool) -> None:
-        before, self._absent = self._absent, absent
-        if absent and not before:
-            self._pools.complain("there is none; check its name and namespace", "what was known stays")
 
     def _tell(self, emit: Emit) -> None:
         if self._spec is None or self._pods is None or self._pods.items is None:
@@ -170,9 +164,16 @@ class _Mirrors:
         self._rng = rng
         self._pace = pace
 
-    def __call__(self, query: Query, parse: Callable[[Object], T]) -> Mirror[T]:
+    def __call__(self, query: Query, parse: Callable[[Object], T], absence: tuple[str, str] | None = None) -> Mirror[T]:
         return Mirror(
-            query, self._connect, parse, self._moved.set, on_error=self._on_error, rng=self._rng, pace=self._pace
+            query,
+            self._connect,
+            parse,
+            self._moved.set,
+            on_error=self._on_error,
+            rng=self._rng,
+            pace=self._pace,
+            absence=absence,
         )
 
 

@@ -11,6 +11,7 @@ from random import Random
 from typing import Final, Generic, TypeVar
 
 from extproc.adapters.discovery.base import OnError
+from extproc.adapters.discovery.complaints import REPEAT_S, Complaints
 from extproc.adapters.discovery.kube_api import (
     BrokenError,
     Connect,
@@ -33,6 +34,9 @@ EXPECTED_IN_A_ROW: Final = 2
 """A connection that breaks, and a version that is gone when the next is opened, are what a restart of the API server looks like."""
 
 _NOTHING: Final = object()
+_QUESTION: Final = "(question)"
+_ABSENCE: Final = "(absence)"
+"""What complaints are about, beside the names of objects, which have no parentheses."""
 
 
 class ObjectError(ValueError):
@@ -41,7 +45,7 @@ class ObjectError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How often a mirror asks. Seconds, each varied by up to a tenth, so that many sidecars do not ask in step."""
+    """How often a mirror asks. Seconds, each varied by up to a tenth, pauses by up to a half, so that many sidecars do not ask in step."""
 
     resync_s: float = 300.0
     """From one list to the next."""
@@ -51,7 +55,9 @@ class Pace:
     longest_pause_s: float = 30.0
     """After a failure, doubled with each that follows."""
     steady_s: float = 1.0
-    """A watch that ends sooner without having told anything counts as a failure, or the server would be asked without a pause."""
+    """A watch that ends sooner counts as a failure, whatever it told, or a proxy that cuts each one short would be asked without a pause."""
+    repeat_s: float = REPEAT_S
+    """Before what is wrong is said again."""
 
 
 class Mirror(Generic[T]):
@@ -59,9 +65,9 @@ class Mirror(Generic[T]):
 
     1. 410 Gone: the list again.
     2. The connection breaks, or the server ends the watch: another watch, from where the last one was.
-    3. Anything else, an outage say: what was known stays. One log line and one `on_error` for each new text, none for 1 and 2
-       unless they come three times in a row.
-    4. An object that cannot be read stays as it was last read.
+    3. Anything else, an outage say: what was known stays. That is said (see Complaints); not of 1 and 2, unless they come three
+       times in a row, with no watch that lasted in between.
+    4. An object that cannot be read stays as it was last read, and that is said, too.
     """
 
     def __init__(
@@ -74,26 +80,30 @@ class Mirror(Generic[T]):
         on_error: OnError,
         rng: Random,
         pace: Pace = Pace(),  # nobody changes it
+        absence: tuple[str, str] | None = None,
     ) -> None:
-        """`parse` raises ObjectError. `changed` is called whenever `items` may be others than before, and when the first try has failed."""
+        """`absence`: what is wrong where there is no object at all, and what follows from it; None where nothing is. `parse` raises ObjectError. `changed` is called whenever `items` may be others than before, and when `tried` becomes true."""
         self.query = query
         self.items: dict[str, T] | None = None
         """By name; None before the first list."""
         self.tried = False
-        """Whether the first list has come or failed."""
+        """Whether the first list has come, or failed so often that those who wait for it should go on without: one failure may be chance."""
         self.mistake: str | None = None
         """Why the last question was not answered; None when it was."""
         self._connect = connect
         self._parse = parse
         self._changed = changed
-        self._on_error = on_error
+        self._absence = absence
+        self._complaints = Complaints(on_error, pace.repeat_s)
         self._rng = rng
         self._pace = pace
         self._version: str | None = None
         self._resync_at = 0.0
         self._failures = 0
-        self._unreadable: dict[str, str] = {}
-        """Name of an object -> what is wrong in it."""
+        self._breaking = False
+        """Whether what was said last is that watches break: that one tells something is no sign that the next will last."""
+        self._unreadable: set[str] = set()
+        """Names of objects."""
 
     def __repr__(self) -> str:
         known = "unread" if self.items is None else f"{len(self.items)} objects"
@@ -110,49 +120,48 @@ class Mirror(Generic[T]):
             await asyncio.sleep(self._pause_s())
 
     async def _follow(self, api: KubeApi) -> None:
-        """Until something fails, or the server ends a watch too soon."""
-        steady = True
-        while steady:
+        """Until something fails."""
+        while True:
             if self._version is None or _now() >= self._resync_at:
                 self._listed(await api.list(self.query))
-            steady = await self._watch(api)
+            await self._watch(api)
 
     # --- questions ----------------------------------------------------------------------------------------------------
 
-    async def _watch(self, api: KubeApi) -> bool:
-        """Whether it told anything, or lasted."""
-        began, told = _now(), False
+    async def _watch(self, api: KubeApi) -> None:
+        """Until it ends. Raises BrokenError where that is too soon."""
+        began = _now()
         try:
             async with aclosing(api.watch(self.query, self._version or "", self._varied(self._pace.watch_s))) as events:
                 async for event in events:
-                    told = True
                     self._told(event)
         finally:
-            steady = told or _now() - began >= self._pace.steady_s
+            steady = _now() - began >= self._pace.steady_s
             if steady:
-                self._failures = 0
-        if steady:
-            self._answered()
-        else:
-            self._failures += 1
-        return steady
+                self._failures, self._breaking = 0, False
+            self._complaints.remind()
+        if not steady:
+            raise BrokenError(f"watches end sooner than after {self._pace.steady_s:g} s")
+        self._answered()
 
     def _listed(self, found: Listed) -> None:
         before, self.items = self.items or {}, {}
         there = {key_of(item) for item in found.items}
-        self._unreadable = {name: text for name, text in self._unreadable.items() if name in there}
+        for name in self._unreadable - there:
+            self._readable(name)
         for item in found.items:
             self._take(item, before)
         self._version = found.version
         self._resync_at = _now() + self._varied(self._pace.resync_s)
         self.tried = True
         self._answered()
+        self._note_absence()
         self._changed()
 
     def _told(self, event: Event) -> None:
         assert self.items is not None
-        self._failures = 0
-        self._answered()
+        if not self._breaking:
+            self._answered()
         self._version = version_of(event.item) or self._version
         name = key_of(event.item)
         before = self.items.get(name, _NOTHING)
@@ -161,7 +170,8 @@ class Mirror(Generic[T]):
                 self._take(event.item, self.items)
             case "DELETED":
                 self.items.pop(name, None)
-                self._unreadable.pop(name, None)
+                self._readable(name)
+        self._note_absence()
         if self.items.get(name, _NOTHING) != before:  # most events are of what is not read: heartbeats, status
             self._changed()
 
@@ -173,16 +183,17 @@ class Mirror(Generic[T]):
         except ObjectError as e:
             if name in before:
                 self.items[name] = before[name]
-            self._cannot_read(name, str(e))
+            self._unreadable.add(name)
+            self._complain(name, f"{name}: {e}", "it stays as it was")
         else:
-            self._unreadable.pop(name, None)
+            self._readable(name)
 
     # --- trouble ------------------------------------------------------------------------------------------------------
 
     def _answered(self) -> None:
-        if self.mistake is not None:
-            log.info("%s: answered again", self.query)
         self.mistake = None
+        if self._complaints.settle(_QUESTION):
+            log.info("%s: answered again", self.query)
 
     def _failed(self, error: KubeError) -> None:
         self._failures += 1
@@ -191,26 +202,29 @@ class Mirror(Generic[T]):
         if isinstance(error, GoneError | BrokenError) and self._failures <= EXPECTED_IN_A_ROW:
             log.debug("%s: %s", self.query, error)
             return
-        if not self.tried:
+        if not self.tried and self._failures > EXPECTED_IN_A_ROW:
             self.tried = True
             self._changed()
-        if str(error) != self.mistake:
-            self.mistake = str(error)
-            self.complain(self.mistake, "what was known stays")
+        self.mistake, self._breaking = str(error), isinstance(error, BrokenError)
+        self._complain(_QUESTION, self.mistake, "what was known stays")
 
-    def _cannot_read(self, name: str, text: str) -> None:
-        if self._unreadable.get(name) != text:
-            self._unreadable[name] = text
-            self.complain(f"{name}: {text}", "it stays as it was")
+    def _readable(self, name: str) -> None:
+        self._unreadable.discard(name)
+        self._complaints.settle(name)
 
-    def complain(self, text: str, consequence: str) -> None:
-        """One line in the log, and one error counted."""
-        log.warning("%s: %s; %s", self.query, text, consequence)
-        self._on_error(f"{self.query}: {text}")
+    def _note_absence(self) -> None:
+        if self.items or self._unreadable:
+            self._complaints.settle(_ABSENCE)
+        elif self._absence is not None:
+            self._complain(_ABSENCE, *self._absence)
+
+    def _complain(self, about: str, text: str, consequence: str) -> None:
+        self._complaints.say(about, f"{self.query}: {text}", consequence)
 
     def _pause_s(self) -> float:
         pause_s = self._pace.first_pause_s * 2.0 ** min(max(self._failures - 1, 0), 30)
-        return self._varied(min(pause_s, self._pace.longest_pause_s))
+        # Where the API server was restarted all sidecars begin to pause in the same moment.
+        return min(pause_s, self._pace.longest_pause_s) * self._rng.uniform(0.5, 1.0)
 
     def _varied(self, seconds: float) -> float:
         return seconds * self._rng.uniform(0.9, 1.0)

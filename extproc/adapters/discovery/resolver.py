@@ -11,6 +11,10 @@ class ResolveError(Exception):
     """A question was not answered; the text says why, in one line."""
 
 
+class NoSuchNameError(ResolveError):
+    """The name servers are well, and say that there is no such name (NXDOMAIN)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """What a name stands for now."""
@@ -25,12 +29,12 @@ class Resolver(Protocol):
     """Asks name servers."""
 
     async def resolve(self, name: str, port: int | None, /) -> Answer:
-        """The addresses of `name` with this port; None: hosts and ports of its SRV records. Raises ResolveError."""
+        """The addresses of `name` with this port; None: hosts and ports of its SRV records. Raises ResolveError, NoSuchNameError."""
 
 
 @dataclass(slots=True)
 class FakeResolver:
-    """Answers what a test says. A text is an error."""
+    """Answers what a test says. A text is an error; what is not there does not exist."""
 
     answers: dict[str, Answer | str] = field(default_factory=dict)
     asked: int = 0
@@ -41,7 +45,9 @@ class FakeResolver:
 
     async def resolve(self, name: str, _port: int | None, /) -> Answer:
         self.asked += 1
-        answer = self.answers.get(name, f"{name} does not exist")
+        answer = self.answers.get(name)
+        if answer is None:
+            raise NoSuchNameError(f"{name} does not exist")
         if isinstance(answer, str):
             raise ResolveError(answer)
         return answer
