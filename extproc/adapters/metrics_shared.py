@@ -32,6 +32,9 @@ class SharedCollector(Collector):
         yield _counter("beats", "Beats begun.", state.beats)
         errors = {trouble.value: state.errors[trouble] for trouble in Trouble}
         yield _counters("errors", "Beats that failed, or of which a part was refused.", "reason", errors)
+        yield _gauge("pushing", "1 if pushes of all routers reach all others.", state.pushing)
+        push_errors = {trouble.value: state.push_errors[trouble] for trouble in Trouble}
+        yield _counters("push_errors", "Failures to publish pushes, or to listen to them.", "reason", push_errors)
         age = GaugeMetricFamily("extproc_shared_read_age_seconds", "Seconds since the other routers were last read.")
         if state.read_at is not None:
             age.add_metric((), self._clock() - state.read_at)
@@ -45,6 +48,9 @@ class SharedCollector(Collector):
         state = self._sharing.state
         sizes = {"sent": state.sent_bytes, "received": state.received_bytes}
         yield _counters("bytes", "Bytes of what was published and read; keys and protocol aside.", "direction", sizes)
+        pushes = {"sent": state.pushes_sent, "received": state.pushes_received, "lost": state.pushes_lost}
+        text = "Pushes, told and heard of; lost: of others, that did not arrive or came out of order."
+        yield _counters("pushes", text, "what", pushes)
         placements = {
             "sent": state.placements_sent,
             "received": state.placements_received,

@@ -8,7 +8,7 @@ back to local knowledge by itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -16,11 +16,12 @@ from extproc.core.types import Blocks, Judgement, PeerLoad, Placed, TenantServed
 
 SILENT_S: Final = 5.0
 """A peer that told nothing for so long does not count: ten beats and more of the default configuration."""
-PEERS_SLACK_S: Final = 0.03
+PEERS_SLACK_S: Final = 0.01
 """Where other routers place requests too, costs closer than this are equal, and the prompt's head decides (rendezvous): what
-they have placed since they last told is not known any better, and all of them would go to the same replica. So routers also
-agree on who gets a prompt that none of them has placed yet. At a beat of 50 ms this takes 3 and 7 % off mean TTFT of sessions
-(agentic, chat), and adds 2 % where little is shared (conversation)."""
+they have placed in the last milliseconds is not known, and all of them would go to the same replica. So routers also agree on
+who gets a prompt that none of them has placed yet. Mean TTFT of eight routers against one, eight seeds of the conversation, agentic
+and chat traces. With pushes: 1.005, 1.019, 1.013 without slack, 1.004, 1.016, 1.005 with 10 ms, 1.006, 1.040, 1.029 with 30 ms; what
+is below 2 % is chance. By beats of 50 ms alone: 1.136, 1.036, 1.124 with 10 ms, 1.108, 1.060, 1.093 with 30 ms."""
 MAX_PEERS: Final = 256
 """More are not taken in."""
 MAX_PLACEMENTS: Final = 1024
@@ -108,9 +109,36 @@ class Peer:
 
     heard_at: float
     loads: dict[str, PeerLoad] = field(default_factory=dict)
+    numbers: dict[str, int] = field(default_factory=dict)
+    """Replica -> number of the word that last told of it, where that came after the last whole one."""
+    whole: int = 0
+    """Number of the last word that told of all replicas."""
     judgements: dict[str, tuple[Judgement, float]] = field(default_factory=dict)
     """With the time at which each was told."""
     served: Told = field(default_factory=Told)
+
+    def take(self, loads: Iterable[PeerLoad], number: int | None, whole: bool) -> Mapping[str, PeerLoad | None]:
+        """A word of its loads came, by whatever way: what of it is news. Replica -> load, None for nothing.
+
+        Words may overtake one another, so their numbers decide, replica by replica. See PeerReported.
+        """
+        if number is None:
+            number = max(self.numbers.values(), default=self.whole) + 1
+        told: dict[str, PeerLoad | None] = dict.fromkeys(self.loads) if whole else {}
+        told.update((load.address, load if load.requests else None) for load in loads)
+        numbers, before = self.numbers, self.whole
+        news = {address: load for address, load in told.items() if number > numbers.get(address, before)}
+        for address, load in news.items():
+            if load is None:
+                self.loads.pop(address, None)
+            else:
+                self.loads[address] = load
+        if not whole:
+            numbers.update(dict.fromkeys(news, number))
+        elif number > before:
+            self.whole = number
+            self.numbers = {address: n for address, n in numbers.items() if n > number}
+        return news
 
 
 class Peers:

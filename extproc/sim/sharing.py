@@ -2,11 +2,13 @@
 
 It stands for the shared state of the service: each router writes what it has once a beat, with an expiry, and reads in the same
 call what the others have written, so what it knows of them is up to a beat old, and as old again as their beats are apart.
+Where routers push, each also tells all others what it placed, and the loads that this changed, as soon as it did.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Final
@@ -32,12 +34,18 @@ MAX_STREAM: Final = 10_000
 class Sharing:
     """How routers talk."""
 
-    beat_s: float = 0.05
-    """Between two words of a router."""
+    beat_s: float = 0.5
+    """Between two words of a router on all that it has."""
+    push: bool = True
+    """Whether routers tell what they placed at once."""
+    push_interval_s: float = 0.005
+    """Least time between two pushes of a router."""
+    ends_within_s: float | None = 0.05
+    """How long the end of a request may wait for a placement to be pushed with; None where it waits for the beat."""
     delay_s: float = 0.001
     """To the store, and as long back."""
     loss: float = 0.0
-    """Share of the beats that come to nothing: neither written nor read."""
+    """Share of the beats that come to nothing, neither written nor read, and of the pushes."""
     expiry_s: float = 1.0
     """What a router wrote is gone after so long."""
     loads: bool = True
@@ -47,20 +55,35 @@ class Sharing:
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """What one router wrote in one beat."""
+    """What one router wrote in one beat, or pushed."""
 
+    number: int
+    """Counts its words up."""
     said_at: float
     loads: tuple[PeerLoad, ...]
     judgements: tuple[Judgement, ...]
     tenants: tuple[TenantServed, ...]
     placed: list[Placed]
+    whole: bool = True
+    """False for a push between beats: `loads` of some replicas, `placed`, and nothing else."""
+
+    def reported(self, pool: str, router: int, now: float) -> PeerReported:
+        """Its loads, as a fact."""
+        return PeerReported(pool, str(router), self.loads, now - self.said_at, self.number, self.whole)
 
 
-def word(router: Router, pool: str, sharing: Sharing, now: float) -> Word:
+def word(router: Router, pool: str, sharing: Sharing, number: int, now: float) -> Word:
     """What the router has to tell now."""
     placed = router.placements() if sharing.placements else []
     loads = router.report(pool, now) if sharing.loads else ()
-    return Word(now, loads, router.verdicts(pool, now), router.served(pool), placed)
+    return Word(number, now, loads, router.verdicts(pool, now), router.served(pool), placed)
+
+
+def push(router: Router, pool: str, sharing: Sharing, number: int, changed: Collection[str], now: float) -> Word:
+    """What the router has to tell at once: of the replicas whose load changed, and what it placed."""
+    placed = router.placements() if sharing.placements else []
+    loads = router.report(pool, now, changed) if sharing.loads else ()
+    return Word(number, now, loads, (), (), placed, whole=False)
 
 
 @dataclass(slots=True)
@@ -83,6 +106,7 @@ class Store:
         self._stream: deque[tuple[int, Placed]] = deque(maxlen=MAX_STREAM)
         self._streamed = 0
         self._readers: dict[int, _Reader] = {}
+        self._listeners: dict[int, Callable[[list[Fact]], object]] = {}
         self.told = 0
         """Facts handed out."""
 
@@ -100,6 +124,18 @@ class Store:
         self.told += len(facts)
         return facts
 
+    def listen(self, router: int, hear: Callable[[list[Fact]], object]) -> None:
+        """From now on the router hears what others push."""
+        self._listeners[router] = hear
+
+    def push(self, router: int, said: Word, now: float) -> None:
+        """Hand a word to all others that listen."""
+        facts: list[Fact] = [*said.placed, said.reported(self._pool, router, now)]
+        for other, hear in self._listeners.items():
+            if other != router:
+                self.told += len(facts)
+                hear(facts)
+
     def _placed(self, router: int, reader: _Reader) -> list[Fact]:
         new = min(self._streamed - reader.read, len(self._stream))
         reader.read = self._streamed
@@ -112,7 +148,7 @@ class Store:
         for other in sorted(reader.known - there.keys()):
             facts.append(PeerGone(self._pool, str(other)))
         for other, w in there.items():
-            facts.append(PeerReported(self._pool, str(other), w.loads, now - w.said_at))
+            facts.append(w.reported(self._pool, other, now))
             facts.append(PeerJudged(self._pool, str(other), w.judgements))
             facts.append(PeerServed(self._pool, str(other), w.tenants))
         reader.known = set(there)

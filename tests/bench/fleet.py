@@ -2,8 +2,8 @@
 
 python -m tests.bench.fleet [--only PART ...] [--traces FOLDER]
 
-Parts: `simulator` (hit ratio and mean TTFT at 1, 2, 4, 8 routers), `beat` (CPU of one beat in a large fleet), `processes` (a router
-dies, faults of Redis, what sharing costs), `limits` (overshoot of a limit that four routers share), `scaling` (the signal against its
+Parts: `simulator` (hit ratio and mean TTFT at 1, 2, 4, 8 routers), `beat` (CPU of one beat in a large fleet), `pushes` (CPU and
+bytes of pushes in one, and how soon others know), `processes` (a router dies, faults of Redis, what sharing costs), `limits` (overshoot of a limit that four routers share), `scaling` (the signal against its
 rivals; build/bench-scaling.json where it is there). What was never run is
 null; with `--only` the other parts keep what an earlier run has found.
 """
@@ -94,12 +94,12 @@ def beat() -> dict[str, Any]:
     router.placements()
     for i in range(4 * REPLICAS):
         router.arrive(request(text(PROMPT_BYTES, i)), i / 1e3)
-    state = wire.state(1, [wire.PoolState(POOL, router.report(POOL, 1.0), (), ())])
+    state = said(router, 1, 1.0)
     batches = [wire.batch(placements(peer))[0] for peer in range(PEERS * BEATS)]
     began = time.process_time()
     for i in range(BEATS):
         now = 1.0 + i / 2
-        wire.state(i, [wire.PoolState(POOL, router.report(POOL, now), router.verdicts(POOL, now), router.served(POOL))])
+        said(router, i, now)
         wire.batch(placements(i))
         for peer in range(PEERS):
             learn(router, f"{peer}", state, batches[i * PEERS + peer], now)
@@ -116,6 +116,17 @@ def beat() -> dict[str, Any]:
     }
 
 
+def said(router: Router, number: int, now: float) -> bytes:
+    """What the router tells at a beat."""
+    pool = wire.PoolState(POOL, router.report(POOL, now), router.verdicts(POOL, now), router.served(POOL))
+    return wire.state(wire.State(number, (pool,)))
+
+
+def pushes() -> dict[str, Any]:
+    """What pushes cost, by a real Redis."""
+    return {"pushes": importlib.import_module("tests.bench.fleet_pushes").run()}
+
+
 def placements(seed: int) -> list[Placed]:
     """Of one router in one beat: prompts that share a head of half their length, four of them at a time."""
     heads = [text(PROMPT_BYTES // 2, 10_000 + seed * 10 + i) for i in range(4)]
@@ -124,8 +135,7 @@ def placements(seed: int) -> list[Placed]:
 
 
 def learn(router: Router, peer: str, state: bytes, batch: bytes, now: float) -> None:
-    _, pools = wire.read_state(state)
-    for pool in pools:
+    for pool in wire.read_state(state).pools:
         router.learn(PeerReported(pool.pool, peer, pool.loads), now)
         router.learn(PeerJudged(pool.pool, peer, pool.judgements), now)
     for each in wire.read_batch(batch):
@@ -135,6 +145,7 @@ def learn(router: Router, peer: str, state: bytes, batch: bytes, now: float) -> 
 PARTS: Final[dict[str, Callable[[Path | None], dict[str, Any]]]] = {
     "simulator": simulator,
     "beat": lambda _: beat(),
+    "pushes": lambda _: pushes(),
     "processes": lambda _: processes(),
     "limits": lambda _: limits(),
     "scaling": lambda _: scaling(),

@@ -104,9 +104,10 @@ class Fleet:
         return {name: float(value) for name, _, value in pairs}
 
     async def together(self) -> bool:
-        """Whether each router knows of all others."""
+        """Whether each router knows of all others, and pushes reach all."""
         seen = [await self.shared(router) for router in self.routers]
-        return all(each.get("up") == 1 and each.get("peers") == len(self.routers) - 1 for each in seen)
+        well = [each.get("up") == each.get("pushing") == 1 for each in seen]
+        return all(well) and all(each.get("peers") == len(self.routers) - 1 for each in seen)
 
     @asynccontextmanager
     async def loaded(self, routers: list[Router] | None = None) -> AsyncIterator[None]:
@@ -257,8 +258,8 @@ class Fault:
     name: str
     begin: Change
     end: Change
-    seen: bool = True
-    """Whether the routers say that they are on their own."""
+    seen: str | None = "up"
+    """The metric that the routers put to 0 because of it; None where they need not notice."""
 
 
 async def nothing(_: Fleet) -> None:
@@ -324,6 +325,27 @@ async def old_password(running: Fleet) -> None:
     await running.redis.start()
 
 
+async def deaf(running: Fleet) -> None:
+    await running.redis.command("ACL", "SETUSER", "default", "-subscribe")
+    await running.redis.command("CLIENT", "KILL", "TYPE", "pubsub")
+
+
+async def hearing(running: Fleet) -> None:
+    await running.redis.command("ACL", "SETUSER", "default", "+subscribe")
+
+
+async def mute(running: Fleet) -> None:
+    await running.redis.command("ACL", "SETUSER", "default", "-publish")
+
+
+async def speaking(running: Fleet) -> None:
+    await running.redis.command("ACL", "SETUSER", "default", "+publish")
+
+
+async def cut(running: Fleet) -> None:
+    await running.redis.command("CLIENT", "KILL", "TYPE", "pubsub")
+
+
 async def nonsense(running: Fleet) -> None:
     running.relay.answer = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n"
     await running.relay.drop()
@@ -346,12 +368,15 @@ FAULTS: Final = (
     Fault("SIGSTOP", paused, resumed),
     Fault("CLIENT PAUSE", client_pause, nothing),
     Fault("kill -9, started again", killed, started),
-    Fault("FLUSHALL", flushed, nothing, seen=False),
+    Fault("FLUSHALL", flushed, nothing, seen=None),
     Fault("full (noeviction)", full, emptied_again),
     Fault("read only", read_only, master_again),
     Fault("another password", other_password, old_password),
     Fault("answers nonsense", nonsense, sense),
-    Fault("moved (URL, by reload)", moved, moved_back, seen=False),
+    Fault("moved (URL, by reload)", moved, moved_back, seen=None),
+    Fault("subscriptions cut", cut, nothing, seen=None),
+    Fault("no subscriptions", deaf, hearing, seen="pushing"),
+    Fault("no pushes", mute, speaking, seen="pushing"),
 )
 
 
@@ -366,7 +391,8 @@ async def one_fault(running: Fleet, fault: Fault) -> dict[str, Any]:
         await asyncio.sleep(1.0)
         began = time.monotonic()
         await fault.begin(running)
-        noticed = await asyncio.gather(*(alone(running, router) for router in running.routers)) if fault.seen else []
+        seen = [zero(running, router, fault.seen) for router in running.routers if fault.seen is not None]
+        noticed = await asyncio.gather(*seen)
         await asyncio.sleep(max(0.0, began + FAULT_S - time.monotonic()))
         await fault.end(running)
         over = time.monotonic()
@@ -387,13 +413,13 @@ async def one_fault(running: Fleet, fault: Fault) -> dict[str, Any]:
     return row
 
 
-async def alone(running: Fleet, router: Router) -> float:
-    """When the router said that it is on its own: not up. Raises AssertionError when that does not come."""
+async def zero(running: Fleet, router: Router, metric: str) -> float:
+    """When the router said so: `up` or `pushing` is 0. Raises AssertionError when that does not come."""
 
     async def so() -> bool:
-        return (await running.shared(router)).get("up") == 0
+        return (await running.shared(router)).get(metric) == 0
 
-    await until(so, timeout_s=HEALED_S)
+    await until(so, timeout_s=HEALED_S, every_s=LOOK_S)
     return time.monotonic()
 
 

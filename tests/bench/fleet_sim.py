@@ -34,7 +34,8 @@ from tests.bench.matrix.windows import Source
 from tests.bench.routing import Effort, sources
 
 ROUTERS: Final = (1, 2, 4, 8)
-SEEDS: Final = (1, 2, 3)
+SEEDS: Final = (1, 2, 3, 4, 5, 6, 7, 8)
+"""The agentic window differs by 10 % and more from one to the next."""
 EFFORT: Final = Effort(seeds=len(SEEDS), requests=750, turns=6, evaluations=0)
 RECORDED: Final = ("conversation", "agentic")
 GENERATED: Final = "chat"
@@ -72,14 +73,14 @@ def spread(trace: Trace, seed: int) -> Trace:
     return replace(trace, turns=tuple(replace(t, delay_s=t.delay_s + step * rng.random()) for t in trace.turns))
 
 
-def measure(source: Source, seeds: Sequence[int], beat_s: float, instants: bool = False) -> Runs:
+def measure(source: Source, seeds: Sequence[int], talk: Sharing, instants: bool = False) -> Runs:
     """Every number of routers, shared and not, on every seed."""
     shared: dict[int, list[Figures]] = {n: [] for n in ROUTERS}
     unshared: dict[int, list[Figures]] = {n: [] for n in ROUTERS}
     for seed in seeds:
         base, scored = scenario(source, seed, instants)
         for routers in ROUTERS:
-            for runs, sharing in ((unshared, None), (shared, Sharing(beat_s=beat_s))):
+            for runs, sharing in ((unshared, None), (shared, talk)):
                 if routers == 1 and runs is shared:
                     shared[1].append(unshared[1][-1])  # there is nobody to talk to
                     continue
@@ -138,6 +139,7 @@ def main(args: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--traces", type=Path, help="Folder of the recorded traces.")
     parser.add_argument("--beat", type=float, default=Sharing().beat_s, help="Seconds between two words of a router.")
+    parser.add_argument("--no-push", action="store_true", help="By beats alone.")
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--requests", type=int, default=EFFORT.requests, help="Of one window.")
     parser.add_argument("--instants", action="store_true", help="Leave recorded timestamps as they are.")
@@ -146,8 +148,14 @@ def main(args: Sequence[str]) -> int:
     found = sources(replace(EFFORT, requests=given.requests), given.traces, ())
     names = [*(RECORDED if given.traces else ()), GENERATED]
     seeds = SEEDS[: given.seeds]
-    traces = {name: document(measure(found[name], seeds, given.beat, given.instants)) for name in names}
-    result = {"beat_s": given.beat, "traces": traces, "router_death_s": router_death_s(found[GENERATED], 1)}
+    talk = Sharing(beat_s=given.beat, push=not given.no_push)
+    traces = {name: document(measure(found[name], seeds, talk, given.instants)) for name in names}
+    result = {
+        "beat_s": talk.beat_s,
+        "push": talk.push,
+        "traces": traces,
+        "router_death_s": router_death_s(found[GENERATED], 1),
+    }
     given.output.parent.mkdir(parents=True, exist_ok=True)
     given.output.write_text(json.dumps(result, indent=1) + "\n")
     Console(width=120).print(table(traces))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from extproc.sim.traces import Trace, Turn
-from tests.bench import fleet_sim
+from tests.bench import fleet_pushes, fleet_sim
 from tests.bench.fleet_sim import Runs
 from tests.bench.matrix.runs import Figures
 from tests.bench.matrix.windows import Source
@@ -31,3 +31,11 @@ def test_figures_are_compared_seed_by_seed() -> None:
 
 def test_the_load_of_a_dead_router_is_forgotten_within_three_seconds() -> None:
     assert 0.0 < fleet_sim.router_death_s(replace(SMALL, requests=400), 1) < 3.0
+
+
+@pytest.mark.parametrize("push", [True, False])
+async def test_what_pushes_cost_can_be_measured(push: bool) -> None:
+    row = await fleet_pushes.measure(2, 3, 40.0, push, seconds=0.6, warm_s=0.1)
+    assert row["redis_bytes_per_s_per_router"] > 0
+    assert (row["pushes_per_s_per_router"] > 0) is push
+    assert 0 < row["learned_after_ms"]["p50"] <= row["learned_after_ms"]["p99"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import permutations
+
 import pytest
 
 from extproc.core import peers as peers_module
@@ -74,6 +76,74 @@ def test_a_report_replaces_the_last_and_a_peer_that_left_takes_its_load_along() 
     made.learn(PeerGone(POOL, "a"), 0.0)
     made.learn(PeerGone(POOL, "b"), 0.0)
     assert (member(made).others, member(made, 1).others) == (None, None)
+
+
+def others(made: Router, i: int) -> int:
+    told = member(made, i).others
+    return told.requests if told is not None else 0
+
+
+def says(made: Router, number: int, *requests: int, whole: bool = False) -> None:
+    """Router `a` has so many requests on the first replicas."""
+    loads = tuple(PeerLoad(address(i), count, 0.0, 0.0) for i, count in enumerate(requests) if count >= 0)
+    made.learn(PeerReported(POOL, "a", loads, 0.0, number, whole), 0.0)
+
+
+def seen(made: Router) -> list[int]:
+    return [others(made, i) for i in range(3)]
+
+
+def test_a_word_that_is_not_whole_changes_only_what_it_names() -> None:
+    made = router(3)
+    says(made, 1, 1, 2, 3, whole=True)
+    says(made, 2, -1, 5)
+    assert seen(made) == [1, 5, 3]
+    says(made, 3, 0)
+    assert seen(made) == [0, 5, 3]
+    says(made, 4, -1, 4, whole=True)
+    assert seen(made) == [0, 4, 0]
+
+
+def test_an_older_word_never_overrides_a_newer_one() -> None:
+    made = router(3)
+    says(made, 1, 1, 1, 1, whole=True)
+    says(made, 3, 3)
+    says(made, 2, 2, 2, whole=True)  # by a beat, which was under way for longer
+    assert seen(made) == [3, 2, 0]
+    says(made, 1, 9, 9, 9)
+    says(made, 2, 9, 9, 9)
+    assert seen(made) == [3, 2, 0]
+    says(made, 3, 9, whole=True)  # the same word as the push of that number
+    assert seen(made) == [3, 0, 0]
+    says(made, 5, 0, whole=True)
+    says(made, 4, 4, 4)
+    assert seen(made) == [0, 0, 0]
+
+
+def test_words_in_any_order_come_to_the_same() -> None:
+    words = {1: ((1, 1, 1), True), 2: ((2,), False), 3: ((-1, 3), False), 4: ((4, 4), True), 5: ((-1, -1, 5), False)}
+    for order in permutations(words):
+        made = router(3)
+        for number in order:
+            loads, whole = words[number]
+            says(made, number, *loads, whole=whole)
+        assert seen(made) == [4, 4, 5], order
+
+
+def test_of_replicas_that_are_no_members_only_whole_words_are_kept() -> None:
+    made = router(1)
+    for i in range(5):
+        says(made, i + 1, 1, *[1] * 100)
+    peer = made.pools[POOL].peers.heard("a", 0.0)
+    assert peer is not None
+    assert (len(peer.loads), len(peer.numbers)) == (1, 1)
+
+
+def test_a_report_of_some_names_those_without_load_too() -> None:
+    made = router(2)
+    route(made, request(text(400), subset=frozenset({address(0)})))
+    told = made.report(POOL, 0.0, [address(0), address(1), "10.9.9.9:1"])
+    assert [(load.address, load.requests) for load in told] == [(address(0), 1), (address(1), 0)]
 
 
 def test_an_old_report_has_drained_and_a_silent_peer_no_longer_counts() -> None:

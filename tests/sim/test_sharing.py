@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import pytest
 
-from extproc.core.types import Blocks, End, PeerGone, PeerReported, Placed
+from extproc.core.types import Blocks, End, Fact, PeerGone, PeerLoad, PeerReported, Placed
 from extproc.sim.cluster import Cluster, Result, Scenario
 from extproc.sim.fleet_spec import Group, nodes
 from extproc.sim.sharing import Sharing, Store, Word
 from extproc.sim.sidecar import POOL, Wiring
-from extproc.sim.traces import Generate, generate
+from extproc.sim.traces import Generate, Trace, generate
 
 TRACE = generate(Generate(sessions=150, sessions_per_s=6.0, turns=3, think_s=1.0, burst_share=0), 1)
+CROWD = generate(Generate(sessions=300, sessions_per_s=100.0, turns=3, think_s=1.0, burst_share=0), 1)
 FLEET = nodes([Group(gpu="h100", count=4)], "8b", 64, 0.002)
 
 
-def run(sharing: Sharing | None, routers: int = 4, **changes: object) -> Result:
+def run(sharing: Sharing | None, routers: int = 4, trace: Trace = TRACE, **changes: object) -> Result:
     wiring = Wiring(sharing=sharing)
-    scenario = Scenario(TRACE, FLEET, routers=routers, wiring=wiring, **changes)  # type: ignore[arg-type]
+    scenario = Scenario(trace, FLEET, routers=routers, wiring=wiring, **changes)  # type: ignore[arg-type]
     return Cluster(scenario, "predicted").run()
 
 
@@ -60,8 +61,33 @@ def test_the_load_of_a_router_that_died_is_forgotten_and_its_clients_go_on() -> 
             assert not sidecar.router.pools[POOL].peers.knows("1")
 
 
+def ttft_s(result: Result) -> float:
+    return sum(s.ttft_s or 0.0 for s in result.served) / len(result.served)
+
+
+def test_pushes_make_up_for_slow_beats() -> None:
+    alone, pushed, by_beats = (
+        ttft_s(run(sharing, routers, CROWD))
+        for sharing, routers in ((None, 1), (Sharing(beat_s=0.5), 8), (Sharing(beat_s=0.5, push=False), 8))
+    )
+    assert pushed < 1.05 * alone
+    assert by_beats > 1.1 * alone
+
+
+def test_a_push_is_heard_by_all_who_listen_but_the_one_who_says_it() -> None:
+    store = Store(POOL, 1.0)
+    heard: dict[int, list[Fact]] = {i: [] for i in range(3)}
+    for i, facts in heard.items():
+        store.listen(i, facts.extend)
+    one = Placed(POOL, "x", Blocks((1,), (256,)))
+    loads = (PeerLoad("x", 1, 0.5, 10.0),)
+    store.push(1, Word(7, 2.0, loads, (), (), [one], whole=False), 2.5)
+    assert heard[0] == heard[2] == [one, PeerReported(POOL, "1", loads, 0.5, 7, whole=False)]
+    assert heard[1] == []
+
+
 def word(at: float, *placed: Placed) -> Word:
-    return Word(at, (), (), (), list(placed))
+    return Word(int(10 * at) + 1, at, (), (), (), list(placed))
 
 
 def test_the_store_hands_out_each_placement_once_and_tells_who_expired() -> None:

@@ -12,15 +12,13 @@ beat after it joined.
 from __future__ import annotations
 
 import asyncio
-import ssl
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Final
 
-from redis import exceptions as errors
-
-from extproc.adapters.shared.board import BATCHES_READ, MAX_PEERS, PLACEMENTS_KEPT, BoardError, Heard, Trouble
+from extproc.adapters.shared.board import BATCHES_READ, MAX_PEERS, PLACEMENTS_KEPT, Heard
 from extproc.adapters.shared.redis_client import Client, connect, disconnect
+from extproc.adapters.shared.redis_errors import translated
 from extproc.config import Shared
 
 SCHEMA: Final = 1
@@ -29,24 +27,9 @@ PLACED_EXPIRY_S: Final = 60
 """Of the stream, after the last router that wrote to it."""
 CLOSE_S: Final = 0.5
 """For a goodbye."""
-LONGEST_TEXT: Final = 200
 FROM_THE_START: Final = b"-"
 JOINED: Final = 1
 """Place of the answer that says whether the set of routers has grown by this one."""
-
-Troubles = tuple[tuple[tuple[type[BaseException], ...], Trouble], ...]
-TROUBLES: Final[Troubles] = (
-    ((errors.TimeoutError, TimeoutError), Trouble.TIMEOUT),
-    ((errors.AuthenticationError, errors.AuthorizationError, errors.NoPermissionError), Trouble.AUTH),
-    ((errors.BusyLoadingError,), Trouble.LOADING),
-    ((errors.OutOfMemoryError,), Trouble.FULL),
-    ((errors.ReadOnlyError,), Trouble.READ_ONLY),
-    ((ssl.SSLError,), Trouble.TLS),
-    ((errors.InvalidResponse,), Trouble.PROTOCOL),
-    ((errors.ConnectionError, errors.ClusterError, errors.RedisClusterException, OSError), Trouble.UNREACHABLE),
-    ((errors.RedisError,), Trouble.REFUSED),
-)
-"""The first that fits counts: an AuthenticationError is a ConnectionError as well."""
 
 
 class RedisBoard:
@@ -72,14 +55,14 @@ class RedisBoard:
     def __repr__(self) -> str:
         return f"<RedisBoard of {self._router}: {'connected' if self._client else 'not connected'}>"
 
-    async def beat(self, state: bytes, placed: bytes | None) -> Heard:
+    async def beat(self, state: bytes, placed: Sequence[bytes]) -> Heard:
         """See Board."""
         try:
             async with asyncio.timeout(self._shared.timeout_s):
                 return await self._beat(state, placed)
         except Exception as e:
             await self.close(leave=False)
-            raise _translated(e) from None
+            raise translated(e) from None
 
     async def close(self, leave: bool) -> None:
         """See Board."""
@@ -94,21 +77,22 @@ class RedisBoard:
                 async with asyncio.timeout(CLOSE_S):
                     await self._leave()
 
-    async def _beat(self, state: bytes, placed: bytes | None) -> Heard:
+    async def _beat(self, state: bytes, placed: Sequence[bytes]) -> Heard:
         if self._client is None:
             self._client = connect(self._shared, self._router)
         answers = await self._pipeline(self._client, state, placed)
-        refused = next((_translated(a) for a in answers if isinstance(a, Exception)), None)
+        refused = next((translated(a) for a in answers if isinstance(a, Exception)), None)
         count = len(self._known)
         roster, entries, *rest = answers[-2 - count - self._fresh :]
-        heard = Heard(self._states(rest[:count]), self._entries(entries), refused)
+        behind = isinstance(entries, list) and len(entries) >= BATCHES_READ
+        heard = Heard(self._states(rest[:count]), self._entries(entries), behind, refused)
         self._follow(roster)
         self._check_last(rest[count:])
         # Where the set did not have this router, it is another Redis, or was emptied, though no connection may have failed.
         self._fresh = answers[JOINED] == 1
         return heard
 
-    async def _pipeline(self, client: Client, state: bytes, placed: bytes | None) -> list[Any]:
+    async def _pipeline(self, client: Client, state: bytes, placed: Sequence[bytes]) -> list[Any]:
         """Write, then read: the names, further entries of the stream, the states, and the newest entry where it may be another Redis."""
         expiry_ms = round(self._shared.expiry_s * 1e3)
         pipe = client.pipeline(transaction=False)
@@ -117,8 +101,9 @@ class RedisBoard:
         pipe.pexpire(self._roster, 10 * expiry_ms)
         if self._missing:
             pipe.srem(self._roster, *self._missing)
-        if placed is not None:
-            pipe.xadd(self._placed, {"r": self._router, "p": placed}, maxlen=PLACEMENTS_KEPT, approximate=True)
+        for batch in placed:
+            pipe.xadd(self._placed, {"r": self._router, "p": batch}, maxlen=PLACEMENTS_KEPT, approximate=True)
+        if placed:
             pipe.expire(self._placed, PLACED_EXPIRY_S)
         pipe.smembers(self._roster)
         after = self._last if self._last == FROM_THE_START else b"(" + self._last
@@ -138,13 +123,17 @@ class RedisBoard:
         self._missing = {r for r, value in zip(self._known, found, strict=True) if value is None}
         return states
 
-    def _entries(self, found: Any) -> list[bytes]:
+    def _entries(self, found: Any) -> list[tuple[str, bytes]]:
         if not isinstance(found, list):
             return []
         if found:
             self._last = found[-1][0]
         mine = self._router.encode()
-        return [fields[b"p"] for _, fields in found if fields and fields.get(b"r") != mine and b"p" in fields]
+        return [
+            (fields.get(b"r", b"").decode("ascii", "replace"), fields[b"p"])
+            for _, fields in found
+            if fields and fields.get(b"r") != mine and b"p" in fields
+        ]
 
     def _follow(self, roster: Any) -> None:
         if isinstance(roster, set):
@@ -174,15 +163,3 @@ def _id(entry: bytes) -> tuple[int, int]:
     """Of a stream's entry: milliseconds, and a number among those of the same."""
     at, _, count = entry.partition(b"-")
     return int(at), int(count)
-
-
-def _translated(error: BaseException) -> BoardError:
-    """The library's errors in our terms. TLS errors come wrapped, and on what is no Redis it fails with whatever Python raises."""
-    error = next((e for e in (error.__cause__, error.__context__) if isinstance(e, ssl.SSLError)), error)
-    trouble = next((t for kinds, t in TROUBLES if isinstance(error, kinds)), Trouble.PROTOCOL)
-    return BoardError(trouble, _one_line(error))
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 3] + "..."

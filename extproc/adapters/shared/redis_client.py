@@ -75,6 +75,20 @@ def connect(shared: Shared, name: str) -> Client:
     return Redis(host=host, port=port, **options)
 
 
+def connect_for_channels(shared: Shared, name: str, turn: int) -> Redis:
+    """A client for PUBLISH and SUBSCRIBE, otherwise like that of `connect`.
+
+    In a Cluster any node will do: it is one of those that the URL names, another for each `turn`.
+    """
+    url = parse(shared.url)
+    if url.kind is not Kind.CLUSTER:
+        client = connect(shared, name)
+        assert isinstance(client, Redis)
+        return client
+    host, port = url.hosts[turn % len(url.hosts)]
+    return Redis(host=host, port=port, max_connections=2, **_options(shared, url, name))
+
+
 async def disconnect(client: Client) -> None:
     """Close its connections, those to Sentinels too."""
     await client.aclose()

@@ -3,6 +3,8 @@
 One key for each tenant and limit, `PREFIX:1:limit:KIND:{TENANT}`, and for a model that is counted apart `:MODEL` after that; only the tenant is in
 the braces that tell a Cluster where to put it. Its value is the theoretical arrival time of `core/admission/gcra.py`, in microseconds
 by the clock of Redis, for the clocks of routers differ. It expires a second after the meter is full.
+
+Of requests in flight (`KIND` is `in_flight`) the value is JSON, `{ROUTER: [count, until]}` with milliseconds, and expires with the last of them.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, Final
 
 from redis.asyncio.cluster import RedisCluster
@@ -19,12 +22,16 @@ from redis.exceptions import NoScriptError
 from extproc.adapters.leasing import StoreError
 from extproc.adapters.shared.redis_client import Client, connect, disconnect
 from extproc.config import Shared
-from extproc.core.admission.leases import Ask, Told
+from extproc.core.admission.in_flight import TOLD_S, Held
+from extproc.core.admission.leases import Ask, Key, Told
 
 log = logging.getLogger(__name__)
 
 SCHEMA: Final = 1
 """Of the keys."""
+
+Call = tuple[str, list[str]]
+"""Key and arguments of a script."""
 
 SCRIPT: Final = """
 local clock = redis.call('TIME')
@@ -47,8 +54,29 @@ return {tostring(granted), string.format('%.0f', tat - now)}
 
 Microseconds since 1970 fit a Lua number without loss (2^53). A router gets no more than its share of what is there, but one at least.
 """
-SHA: Final = hashlib.sha1(SCRIPT.encode(), usedforsecurity=False).hexdigest()
-"""By which Redis knows it."""
+
+HOLD: Final = """
+local clock = redis.call('TIME')
+local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+local router, count, ttl = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+local told = redis.call('GET', KEYS[1])
+local kept, others, any = {}, 0, false
+for name, word in pairs(told and cjson.decode(told) or {}) do
+  if name ~= router and word[2] > now then
+    kept[name], others, any = word, others + word[1], true
+  end
+end
+if count > 0 then
+  kept[router], any = {count, now + ttl}, true
+end
+if any then
+  redis.call('SET', KEYS[1], cjson.encode(kept), 'PX', ttl)
+elseif told then
+  redis.call('DEL', KEYS[1])
+end
+return others
+"""
+"""Put this router's count in the place of its last, pass over what has lapsed, say what the others have."""
 
 
 class RedisStore:
@@ -66,10 +94,23 @@ class RedisStore:
         """One round trip; two where Redis has forgotten the script."""
         try:
             async with asyncio.timeout(self._shared.timeout_s):
-                return await self._lease(asks)
+                if not asks:  # is it there? PING would be one right more
+                    await self._connected().get(f"{self._shared.prefix}:{SCHEMA}:limit:")
+                    return []
+                answers = await self._run(SCRIPT, [(self._key(ask.key), _arguments(ask)) for ask in asks])
+                return [_told(ask, answer) for ask, answer in zip(asks, answers, strict=True)]
         except Exception as e:
-            await self.close()
-            raise StoreError(f"{type(e).__name__}: {e}"[:200]) from None
+            raise await self._failed(e) from None
+
+    async def hold(self, held: Sequence[Held]) -> list[int]:
+        """As `lease`."""
+        ttl = str(round(TOLD_S * 1e3))
+        try:
+            async with asyncio.timeout(self._shared.timeout_s):
+                calls = [(self._key(each.key), [self._router, str(each.count), ttl]) for each in held]
+                return [int(answer) for answer in await self._run(HOLD, calls)]
+        except Exception as e:
+            raise await self._failed(e) from None
 
     async def close(self) -> None:
         client, self._client = self._client, None
@@ -80,39 +121,51 @@ class RedisStore:
             except Exception as e:
                 log.debug("closing: %r", e)
 
-    async def _lease(self, asks: Sequence[Ask]) -> list[Told]:
-        client = self._client
-        if client is None:
-            client = self._client = connect(self._shared, f"limits-{self._router}")
-        if not asks:  # is it there? PING would be one right more
-            await client.get(f"{self._shared.prefix}:{SCHEMA}:limit:")
-            return []
-        answers = await self._evaluated(client, asks)
+    async def _failed(self, error: Exception) -> StoreError:
+        await self.close()
+        return StoreError(f"{type(error).__name__}: {error}".rstrip(": ")[:200])
+
+    def _connected(self) -> Client:
+        if self._client is None:
+            self._client = connect(self._shared, f"limits-{self._router}")
+        return self._client
+
+    async def _run(self, script: str, calls: Sequence[Call]) -> list[Any]:
+        """The answers of a script that is run for each."""
+        client = self._connected()
+        answers = await self._evaluated(client, script, calls)
         if undone := [i for i, answer in enumerate(answers) if isinstance(answer, NoScriptError)]:
-            await client.script_load(SCRIPT)
-            for i, answer in zip(undone, await self._evaluated(client, [asks[i] for i in undone]), strict=True):
+            await client.script_load(script)
+            again = await self._evaluated(client, script, [calls[i] for i in undone])
+            for i, answer in zip(undone, again, strict=True):
                 answers[i] = answer
         for answer in answers:
             if isinstance(answer, Exception):
                 raise answer
-        return [_told(ask, answer) for ask, answer in zip(asks, answers, strict=True)]
+        return answers
 
-    async def _evaluated(self, client: Client, asks: Sequence[Ask]) -> list[Any]:
+    async def _evaluated(self, client: Client, script: str, calls: Sequence[Call]) -> list[Any]:
         """An answer or an error for each. By hand: the script objects of redis-py ask before each pipeline whether the script is there,
         and in a Cluster it takes no EVALSHA into a pipeline.
         """
         cluster = isinstance(client, RedisCluster)
         async with client.pipeline(transaction=False) as pipe:
-            for ask in asks:
-                run, script = (pipe.eval, SCRIPT) if cluster else (pipe.evalsha, SHA)
-                run(script, 1, self._key(ask), *_arguments(ask))
+            run, code = (pipe.eval, script) if cluster else (pipe.evalsha, _sha(script))
+            for key, arguments in calls:
+                run(code, 1, key, *arguments)
             answers: list[Any] = await pipe.execute(raise_on_error=False)
         return answers
 
-    def _key(self, ask: Ask) -> str:
-        tenant, kind, model = ask.key
+    def _key(self, key: Key) -> str:
+        tenant, kind, model = key
         name = f"{self._shared.prefix}:{SCHEMA}:limit:{kind}:{{{tenant}}}"
         return f"{name}:{model}" if model else name
+
+
+@cache
+def _sha(script: str) -> str:
+    """By which Redis knows it."""
+    return hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest()
 
 
 def _arguments(ask: Ask) -> list[str]:

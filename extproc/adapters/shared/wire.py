@@ -3,12 +3,15 @@
 Structs are arrays, so that fields cost no names; a later release may add fields at the end, which this one passes over. What
 cannot be read so gets another version. Sizes, for the bounds in docs/redis.md: a replica with load takes some 25 bytes, a
 placement 8 bytes for each block that no other placement of its batch has.
+
+There are three messages: a state, of which each beat leaves one; a batch of placements; and a push, which says at once what
+changed. What one router says is numbered, pushes without a gap; a state has the number of the push that says the same.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from sys import byteorder
 from typing import Annotated, Final, TypeVar
 
@@ -19,9 +22,9 @@ from extproc.core.prefix.blocks import ENDS
 from extproc.core.types import Blocks, Judgement, PeerLoad, Placed, TenantServed
 
 VERSION: Final = 1
-"""Of both messages, of the hashes of blocks, and of where blocks end."""
+"""Of all messages, of the hashes of blocks, and of where blocks end."""
 MAX_BATCH_BYTES: Final = 32 * 1024
-"""Of one router's placements of one beat: 4,000 blocks. What does not fit is left out, and counted."""
+"""Of one router's placements of one beat or push: 4,000 blocks. What does not fit is left out, and counted."""
 HASH_BYTES: Final = 8
 OUT, DRAINING = 1, 2
 
@@ -66,8 +69,24 @@ class _Pool(msgspec.Struct, array_like=True, frozen=True):
 
 
 class _State(msgspec.Struct, array_like=True, frozen=True):
-    beat: Count
+    number: Count
     pools: Annotated[list[_Pool], msgspec.Meta(max_length=1_000)]
+    says: bool = False
+    hears: bool = False
+
+
+class _Loads(msgspec.Struct, array_like=True, frozen=True):
+    pool: Text
+    loads: Annotated[list[_Load], msgspec.Meta(max_length=10_000)]
+
+
+class _Push(msgspec.Struct, array_like=True, frozen=True):
+    router: Text
+    number: Count
+    whole: bool
+    pools: Annotated[list[_Loads], msgspec.Meta(max_length=1_000)]
+    batch: Annotated[bytes, msgspec.Meta(max_length=1 << 20)] = b""
+    """A message of its own; empty for none."""
 
 
 class _Placed(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -90,6 +109,7 @@ class _Batch(msgspec.Struct, array_like=True, frozen=True):
 
 _encoder = msgspec.msgpack.Encoder()
 _states = msgspec.msgpack.Decoder(_State)
+_pushes = msgspec.msgpack.Decoder(_Push)
 _batches = msgspec.msgpack.Decoder(_Batch)
 
 
@@ -102,15 +122,55 @@ class PoolState(msgspec.Struct, frozen=True):
     served: tuple[TenantServed, ...]
 
 
-def state(beat: int, pools: Iterable[PoolState]) -> bytes:
-    """Encode a router's state; `beat` counts up, so that a reader knows a new one from one it has read."""
-    return _versioned(_State(beat, [_pool(pool) for pool in pools]))
+class State(msgspec.Struct, frozen=True):
+    """What a router tells at a beat."""
+
+    number: int
+    """Of the word: counts up, so that a reader knows a new one from one it has read."""
+    pools: tuple[PoolState, ...]
+    says: bool = False
+    """Whether it pushes."""
+    hears: bool = False
+    """Whether pushes of all others reach it, so that nothing is lost on it between slow beats."""
 
 
-def read_state(data: bytes) -> tuple[int, list[PoolState]]:
-    """The beat, and the state of each pool. Raises UnknownVersionError or UnreadableError."""
+class Push(msgspec.Struct, frozen=True):
+    """What a router tells at once."""
+
+    router: str
+    """Its name."""
+    number: int
+    """One more than that of the push before."""
+    whole: bool
+    """Whether it names all replicas that have load, and not only those whose load changed."""
+    loads: tuple[tuple[str, tuple[PeerLoad, ...]], ...]
+    """By name of the pool."""
+    batch: bytes = b""
+    """Placements, as `batch` encodes them; empty for none."""
+
+
+def state(said: State) -> bytes:
+    """Encode a router's state."""
+    return _versioned(_State(said.number, [_pool(pool) for pool in said.pools], said.says, said.hears))
+
+
+def read_state(data: bytes) -> State:
+    """The state. Raises UnknownVersionError or UnreadableError."""
     found = _read(_states, data)
-    return found.beat, [_pool_state(pool) for pool in found.pools]
+    return State(found.number, tuple(_pool_state(pool) for pool in found.pools), found.says, found.hears)
+
+
+def push(said: Push) -> bytes:
+    """Encode a push."""
+    pools = [_Loads(pool, [_load(x) for x in loads]) for pool, loads in said.loads]
+    return _versioned(_Push(said.router, said.number, said.whole, pools, said.batch))
+
+
+def read_push(data: bytes) -> Push:
+    """The push, its batch as it is. Raises UnknownVersionError or UnreadableError."""
+    found = _read(_pushes, data)
+    loads = tuple((pool.pool, tuple(_peer_load(x) for x in pool.loads)) for pool in found.pools)
+    return Push(found.router, found.number, found.whole, loads, found.batch)
 
 
 def batch(placed: Sequence[Placed]) -> tuple[bytes, int]:
@@ -131,6 +191,16 @@ def batch(placed: Sequence[Placed]) -> tuple[bytes, int]:
         for i in range(alike, len(hashes)):
             heads[hashes[i]] = len(chosen), i + 1
     return _versioned(_Batch(list(pools), list(addresses), chosen)), len(placed) - len(chosen)
+
+
+def batches(placed: Sequence[Placed], most: int) -> tuple[list[bytes], int]:
+    """The same in up to `most` batches, the latest placements in the last of them."""
+    found: list[bytes] = []
+    left = len(placed)
+    while left and len(found) < most:
+        data, left = batch(placed[:left])
+        found.insert(0, data)
+    return found, left
 
 
 def read_batch(data: bytes) -> list[Placed]:
@@ -181,14 +251,14 @@ def _read(decoder: msgspec.msgpack.Decoder[M], data: bytes) -> M:
         raise UnknownVersionError(str(data[0]))
     try:
         return decoder.decode(memoryview(data)[1:])
-    except msgspec.MsgspecError as e:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as e:
         raise UnreadableError(str(e)) from None
 
 
 def _pool(given: PoolState) -> _Pool:
     return _Pool(
         given.pool,
-        [_Load(x.address, x.requests, _ms(x.backlog_s), round(x.context_tokens), x.prefilling) for x in given.loads],
+        [_load(x) for x in given.loads],
         [_Judgement(j.address, _flags(j), None if j.ends_in_s is None else _ms(j.ends_in_s)) for j in given.judgements],
         [_Served(s.tenant, s.priority, round(s.tokens)) for s in given.served],
     )
@@ -197,10 +267,7 @@ def _pool(given: PoolState) -> _Pool:
 def _pool_state(found: _Pool) -> PoolState:
     return PoolState(
         found.name,
-        tuple(
-            PeerLoad(x.address, x.requests, x.backlog_ms / 1e3, float(x.context_tokens), x.prefilling)
-            for x in found.loads
-        ),
+        tuple(_peer_load(x) for x in found.loads),
         tuple(
             Judgement(
                 j.address,
@@ -211,6 +278,16 @@ def _pool_state(found: _Pool) -> PoolState:
             for j in found.judgements
         ),
         tuple(TenantServed(s.tenant, s.priority, float(s.tokens)) for s in found.served),
+    )
+
+
+def _load(given: PeerLoad) -> _Load:
+    return _Load(given.address, given.requests, _ms(given.backlog_s), round(given.context_tokens), given.prefilling)
+
+
+def _peer_load(found: _Load) -> PeerLoad:
+    return PeerLoad(
+        found.address, found.requests, found.backlog_ms / 1e3, float(found.context_tokens), found.prefilling
     )
 
 

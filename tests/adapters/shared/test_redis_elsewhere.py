@@ -44,7 +44,7 @@ async def test_tls_with_certificates_on_both_sides_and_an_acl_user(tmp_path: Pat
     for name in ("server", "client", "other"):
         certificate(tmp_path, name)
     async with RedisServer(*tls_options(tmp_path), tls=True) as redis:
-        await redis.command("ACL", "SETUSER", "router", "on", ">p@ss/w:rd", "~{extproc}:*", "+@all")
+        await redis.command("ACL", "SETUSER", "router", "on", ">p@ss/w:rd", "~{extproc}:*", "&{extproc}:*", "+@all")
         await redis.command("ACL", "SETUSER", "default", "off")
         url = f"rediss://router:p%40ss%2Fw%3Ard@127.0.0.1:{redis.port}"
         ours = {"cert_file": tmp_path / "client.crt", "key_file": tmp_path / "client.key"}
@@ -53,12 +53,21 @@ async def test_tls_with_certificates_on_both_sides_and_an_acl_user(tmp_path: Pat
                 await until(lambda: stranger.errors().get("tls"))
                 assert not stranger.up
             assert one.up
+        async with pair(quick(url, tls={"ca_file": tmp_path / "server.crt", **ours})) as (one, two):
+            await pushed(one, two)
+
+
+async def pushed(one: Teller, two: Teller) -> None:
+    """What one places the other hears at once, and not by a beat."""
+    await until(lambda: one.sharing.state.pushing and two.sharing.state.pushing, timeout_s=20)
+    received = two.sharing.state.pushes_received
+    one.place(1, placed(77))
+    await until(lambda: two.sharing.state.pushes_received > received and placed(77) in two.placed)
 
 
 async def test_unix_socket() -> None:
     async with RedisServer() as redis, pair(quick(f"unix://{redis.socket}")) as (one, two):
-        one.to_place = [placed(1)]
-        await until(lambda: two.placed)
+        await pushed(one, two)
         assert not one.errors()
 
 
@@ -77,6 +86,7 @@ async def test_failover_by_sentinel() -> None:
             await sentinel.command("SENTINEL", "FAILOVER", "fleet")
             await until(lambda: one.requests == [2] and two.requests == [1] and one.up, timeout_s=20)
             assert await has_states(second)
+            await pushed(one, two)
 
 
 async def watched(sentinel: RedisServer, master: RedisServer) -> None:
@@ -107,6 +117,7 @@ async def test_cluster_also_when_the_keys_move_to_another_node() -> None:
         await until(lambda: sees(other, 2), timeout_s=20)
         url = f"redis+cluster://127.0.0.1:{free_port()},127.0.0.1:{other.port},127.0.0.1:{one_node.port}"
         async with pair(quick(url)) as (one, two):
+            await pushed(one, two)
             slot = await one_node.command("CLUSTER", "KEYSLOT", "{extproc}:1:routers")
             await one_node.command("FLUSHALL")
             name = await other.command("CLUSTER", "MYID")
@@ -117,6 +128,7 @@ async def test_cluster_also_when_the_keys_move_to_another_node() -> None:
             await until(lambda: one.requests == [2] and two.requests == [1] and one.up and two.up, timeout_s=20)
             one.to_place = [placed(9)]
             await until(lambda: placed(9) in two.placed)
+            await pushed(one, two)
 
 
 async def has_states(redis: RedisServer) -> bool:

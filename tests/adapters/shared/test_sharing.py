@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -47,7 +48,7 @@ async def test_load_is_told_with_the_age_that_it_has_on_average() -> None:
 async def test_peer_that_publishes_nothing_new_is_forgotten() -> None:
     """A store that keeps a value beyond its time: a replica cut off from its master, say."""
     store, one = Store(), Teller(1)
-    stuck = wire.state(5, [wire.PoolState("default", Teller(9).loads, (), ())])
+    stuck = wire.state(wire.State(5, (wire.PoolState("default", Teller(9).loads, (), ()),)))
     store.states["stuck"] = stuck, float("inf")
     async with sharing(one, SHARED, board(store, one)):
         await until(lambda: one.requests == [9])
@@ -70,7 +71,7 @@ class Moody:
         self.inner = inner
         self.trouble: Trouble | None = None
 
-    async def beat(self, state: bytes, placed: bytes | None) -> Heard:
+    async def beat(self, state: bytes, placed: Sequence[bytes]) -> Heard:
         if self.trouble is not None:
             raise BoardError(self.trouble, "so it is")
         return await self.inner.beat(state, placed)
