@@ -7,11 +7,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from extproc.core.account import Account
+from extproc.core.admission.in_flight import Held
 from extproc.core.admission.leases import Ask, Key, Told
 from extproc.core.admission.limits import Limits
 
@@ -19,6 +21,8 @@ log = logging.getLogger(__name__)
 
 BEAT_S: Final = 0.1
 """How often leases that ended are given back, when nothing else calls for Redis."""
+PROBE_S: Final = 1.0
+"""How long a store that nothing was asked of is taken to be there."""
 PAUSE_S: Final = 0.002
 """Between two rounds: what comes meanwhile shares the next."""
 BATCH: Final = 500
@@ -35,6 +39,9 @@ class Store(Protocol):
     async def lease(self, asks: Sequence[Ask]) -> list[Told]:
         """Answer them, in order. Raises StoreError."""
 
+    async def hold(self, held: Sequence[Held]) -> list[int]:
+        """Keep what this router has in flight, in the place of what it said before; how many the others have of each. Raises StoreError."""
+
     async def close(self) -> None:
         """Let go of connections."""
 
@@ -46,13 +53,23 @@ class FakeStore:
     now: float = 0.0
     away: bool = False
     calls: int = 0
-    tats: dict[tuple[str, str, str], float] = field(default_factory=dict)
+    tats: dict[Key, float] = field(default_factory=dict)
+    held: dict[Key, int] = field(default_factory=dict)
+    """In flight, as last told by anyone."""
+    others: dict[Key, int] = field(default_factory=dict)
+    """What is answered to that."""
 
     async def lease(self, asks: Sequence[Ask]) -> list[Told]:
         self.calls += 1
         if self.away:
             raise StoreError("away")
         return [self._lease(ask) for ask in asks]
+
+    async def hold(self, held: Sequence[Held]) -> list[int]:
+        if self.away:
+            raise StoreError("away")
+        self.held.update((each.key, each.count) for each in held)
+        return [self.others.get(each.key, 0) for each in held]
 
     async def close(self) -> None:
         pass
@@ -84,8 +101,8 @@ class Leasing:
         self._limits, self._store, self._clock = limits, store, clock
         self._strict_wait_s, self._max_pause_s = strict_wait_s, max_pause_s
         self._due = asyncio.Event()
-        self._wanted: set[Key] = set()
-        self._swept_at = float("-inf")
+        self._wanted: Counter[Key] = Counter()
+        self._swept_at = self._answered_at = float("-inf")
         self._answered = asyncio.Event()
         self.rounds = 0
         """Round trips."""
@@ -141,19 +158,22 @@ class Leasing:
     async def _round(self) -> bool:
         """Ask what there is to ask; whether the store answered, or need not."""
         limits, wanted = self._limits, self._wanted
-        self._wanted, answered = set(), self._answered
+        self._wanted, answered = Counter(), self._answered
         now = self._clock()
         if sweep := now >= self._swept_at + BEAT_S:
             self._swept_at = now
-        asks, was_away = limits.asks(now, wanted, sweep), limits.away
+        asks, held, was_away = limits.asks(now, wanted, sweep), limits.in_flight.reports(now), limits.away
         try:
-            for i in range(0, max(len(asks), 1), BATCH):
-                batch = asks[i : i + BATCH]
-                if not batch and not limits.away:
-                    return True
-                await self._ask(batch)
-        except StoreError as e:
-            limits.unheard(asks)
+            if asks or limits.away or now >= self._answered_at + PROBE_S:
+                for i in range(0, max(len(asks), 1), BATCH):
+                    await self._ask(asks[i : i + BATCH])
+            for i in range(0, len(held), BATCH):
+                await self._tell(held[i : i + BATCH])
+        except BaseException as e:
+            limits.unheard(asks)  # also when cancelled, for other settings: whoever asks next asks for these again
+            limits.in_flight.unheard(held)
+            if not isinstance(e, StoreError):
+                raise
             self.failures += 1
             if self.failures == 1 or not was_away:
                 log.warning("limits are not shared: %s", e)
@@ -166,6 +186,13 @@ class Leasing:
     async def _ask(self, batch: Sequence[Ask]) -> None:
         self.rounds += 1
         told = await self._store.lease(batch)
+        self._answered_at = self._clock()
         if self._limits.away:
             log.info("limits are shared")
         self._limits.told(told, self._clock())
+
+    async def _tell(self, batch: Sequence[Held]) -> None:
+        self.rounds += 1
+        others = await self._store.hold(batch)
+        self._answered_at = self._clock()
+        self._limits.in_flight.told(batch, others, self._answered_at)

@@ -80,7 +80,13 @@ class Identity:
             self.sources[Source.REFUSED if refused else source if named else Source.ANONYMOUS] += 1
         if refused:
             return errors.unauthorized(presented(head.headers or {}) is not None)
-        name, plan = (ANONYMOUS, self._plans.anonymous()) if named is None else (named[0], self._plans.of(*named))
+        return self._who(ANONYMOUS, self._plans.anonymous()) if named is None else self.named(*named)
+
+    def named(self, tenant: str, tier: str | None) -> Who:
+        """The client of that name, with the tier that its key or claims name."""
+        return self._who(tenant, self._plans.of(tenant, tier))
+
+    def _who(self, name: str, plan: Plan) -> Who:
         return Who(hashed(name, self._key), plan, self._tenants.send_cache_salt)
 
     def salt(self, who: Who, own: str | None) -> str:

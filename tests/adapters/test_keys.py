@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import stat
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -56,7 +57,9 @@ def test_a_key_is_found_by_its_hash(path: Path) -> None:
         (f"keys: [{{hash: {HASH}}}]", "keys[0].tenant: is missing; add it"),
         (f"keys: [{{hash: {HASH}, tenant: a}}, {{hash: {HASH}, tenant: b}}]", "has a hash twice; remove one"),
         ("keys: [{hash: x, tenant: a, teir: b}]", "keys[0].teir: no such key; did you mean tier?"),
-        ("keys: [", "not YAML: line 1"),
+        ("keys: [", "not YAML: line"),
+        ("", "is empty; write keys: [] for none"),
+        ("# half", "is empty"),
         ("- 1", "input should be"),
     ],
 )
@@ -103,6 +106,51 @@ async def test_a_broken_file_changes_nothing_and_is_counted_once(path: Path, cap
             await until(lambda: len(file) == 2)
     assert "the keys stay as they are" in caplog.text
     assert "sk-secret" not in caplog.text
+
+
+async def test_a_file_that_is_cut_off_or_gone_changes_nothing(path: Path) -> None:
+    """Whoever writes it in place makes it empty first."""
+    file = KeyFile(path)
+    file.load()
+    for spoil in (lambda: path.write_text(""), lambda: path.write_bytes(b"\xff"), path.unlink):
+        spoil()
+        await file._look()
+        assert len(file) == 1
+    assert file.errors == 3
+    write(path, "keys: []\n")
+    await file._look()
+    assert (file.errors, len(file)) == (3, 0)
+
+
+async def test_a_file_is_parsed_only_when_it_says_something_else(path: Path) -> None:
+    file = KeyFile(path)
+    file.load()
+    kept = file._keys
+    write(path, GOOD + "# a comment\n")
+    write(path, GOOD)
+    assert file._looked() is None
+    await file._look()
+    assert file._keys is kept
+
+
+def test_the_first_key_leaves_comments(tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    path.write_text("# for clients of team a\nkeys: []\n")
+    keys.add(path, SECRET, "sk-a", "acme", None)
+    assert path.read_text().startswith("# for clients of team a\nkeys:\n- hash:")
+    assert keys.read_keys(path) == {HASH: KeyEntry("acme")}
+
+
+def test_whoever_could_read_the_file_still_can(path: Path) -> None:
+    """The service that reads it is seldom who adds a key."""
+    path.chmod(0o640)
+    if os.geteuid() == 0:
+        os.chown(path, 12345, 54321)
+    before = path.stat()
+    keys.add(path, SECRET, "sk-b", "b", None)
+    after = path.stat()
+    assert after.st_ino != before.st_ino, "by rename"
+    assert (after.st_uid, after.st_gid, after.st_mode) == (before.st_uid, before.st_gid, before.st_mode)
 
 
 def test_adding_keeps_what_stands_there(path: Path) -> None:

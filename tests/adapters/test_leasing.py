@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -14,7 +15,8 @@ import pytest
 from extproc.adapters.leasing import FakeStore, Leasing, StoreError
 from extproc.adapters.shared.redis_limits import RedisStore
 from extproc.config import Shared
-from extproc.core.account import Account, Rate
+from extproc.core.account import Account, Most, Rate
+from extproc.core.admission.in_flight import TOLD_S, Held
 from extproc.core.admission.leases import Ask, Told
 from extproc.core.admission.limits import Limits, Loss, Sharing
 from extproc.core.types import Refusal, Request
@@ -98,6 +100,23 @@ async def test_strict_limits_wait_for_a_lease_but_not_for_ever(loss: Loss, then:
         assert ask(made, other) is then
 
 
+async def test_what_was_under_way_when_settings_changed_is_asked_again() -> None:
+    made, store = limits(), Slow()
+    async with running(Leasing(made, store)):
+        await until(lambda: not made.away)
+        store.delay_s = 60.0
+        assert ask(made) is None
+        await until(lambda: any(lease.asked_at is not None for lease in made._leases.values()))
+    assert store.tats == {}, "it was cut off"
+    store.delay_s = 0.0
+    async with running(Leasing(made, store)):
+        await until(lambda: store.tats != {})
+        assert store.tats["t", "requests", ""] == pytest.approx(6.0), "what passed is charged"
+        calls = store.calls
+        assert ask(made) is None
+        await until(lambda: store.calls > calls)
+
+
 class Slow(FakeStore):
     """Takes its time."""
 
@@ -140,6 +159,42 @@ async def test_the_script_does_what_the_store_in_memory_does() -> None:
         await real.close()
 
 
+async def test_counts_of_what_is_in_flight_are_absolute_and_lapse() -> None:
+    key, other = ("t", "in_flight", ""), ("t", "in_flight", "m")
+    async with RedisServer() as redis:
+        a, b = RedisStore(Shared(url=redis.url), "a"), RedisStore(Shared(url=redis.url), "b")
+        assert await a.hold([Held(key, 2), Held(other, 1)]) == [0, 0]
+        assert await b.hold([Held(key, 1), Held(other, 0)]) == [2, 1]
+        assert await a.hold([Held(key, 3)]) == [1], "its own is not among the others'"
+        assert await b.hold([Held(key, 0)]) == [3]
+        assert await redis.command("KEYS", "*") != []
+        name = "extproc:1:limit:in_flight:{t}"
+        assert 0 < await redis.command("PTTL", name) <= TOLD_S * 1000
+        stale = {"dead": [7, 0], "a": [3, 2**42]}
+        await redis.command("SET", name, json.dumps(stale))
+        assert await b.hold([Held(key, 0)]) == [3], "the dead one's word has lapsed"
+        assert await a.hold([Held(key, 0), Held(other, 0)]) == [0, 0]
+        assert await redis.command("KEYS", "*") == []
+        await a.close()
+        await b.close()
+
+
+async def test_what_is_in_flight_is_told_and_what_the_others_have_heard() -> None:
+    made, store = limits(), FakeStore()
+    two = Account("t", "free", in_flight=Most(2))
+    key = ("t", "in_flight", "")
+    store.others[key] = 1
+    async with running(Leasing(made, store, max_pause_s=0.01)):
+        await until(lambda: not made.away)
+        assert ask(made, two) is None
+        await until(lambda: store.held == {key: 1})
+        assert ask(made, two) is Refusal.CONCURRENCY
+        store.away = True
+        await until(lambda: made.away)
+        await until(lambda: made.in_flight.of(key, time.monotonic()) == 1, timeout_s=3 * TOLD_S)
+        assert ask(made, two) is None, "it goes by its own count"
+
+
 async def test_a_redis_that_does_not_answer_is_told_apart_from_one_that_does() -> None:
     async with RedisServer() as redis:
         store = RedisStore(Shared(url=redis.url, timeout_s=0.2), "r")
@@ -179,6 +234,8 @@ async def test_the_rights_that_are_documented_are_enough() -> None:
         assert await store.lease([]) == []
         assert len(await store.lease(asks)) == 2
         await store.lease([Ask(("t0", "requests", ""), Rate(10, 10), -10.0, 0, 1)])
+        assert await store.hold([Held(("t0", "in_flight", ""), 1)]) == [0]
+        assert await store.hold([Held(("t0", "in_flight", ""), 0)]) == [0]
         await store.close()
 
 

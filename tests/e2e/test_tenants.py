@@ -22,6 +22,8 @@ from tests.support.waiting import until
 pytestmark = [pytest.mark.envoy, pytest.mark.asyncio(loop_scope="module")]
 
 SECRET = b"0123456789abcdef"
+LATE_S = 10.0
+"""Envoy keeps its log entries back for longer here, where it batches them."""
 
 
 @dataclass
@@ -64,7 +66,7 @@ async def scene(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Scene
     async with AsyncExitStack() as exits:
         member = await exits.enter_async_context(Backend())
         pool = {"engine": "none", "models": ["sim"], "replicas": [member.address]}
-        async with stack(at, pool, tenants=tenants) as running:
+        async with stack(at, pool, tenants=tenants, envoy={"log_flush_interval_s": 3 * LATE_S}) as running:
             yield Scene(running, member, keys_file)
 
 
@@ -139,6 +141,16 @@ async def test_tokens_are_counted_by_the_actual_usage(scene: Scene) -> None:
     assert used > 0
 
 
+async def test_who_may_have_one_request_in_flight_may_send_one_after_the_other(scene: Scene) -> None:
+    """The end of each is told at once, and not with those of others."""
+    client = await scene.known("one by one", "single")
+    for _ in range(20):
+        async with scene.running.post(headers=client) as response:
+            await response.read()
+            assert response.status == 200, await response.text()
+        await until(lambda: scene.running.app.router.in_flight == 0, timeout_s=LATE_S)
+
+
 async def test_a_prompt_above_the_limit_of_the_tier_is_refused(scene: Scene) -> None:
     client = await scene.known("novelist", "metered")
     async with scene.running.post(chat("word " * 20_000), headers=client) as response:
@@ -181,6 +193,29 @@ async def test_a_client_cannot_give_itself_headers_of_limits(scene: Scene) -> No
     forged = {**client, **dict.fromkeys(names.RATELIMIT_HEADERS, "999")}
     async with scene.running.post(headers=forged) as response:
         assert response.headers["x-ratelimit-limit-requests"] == "60"
+
+
+async def test_explain_says_what_identity_and_limits_would_answer_and_takes_nothing(scene: Scene) -> None:
+    client = await scene.known("curious")
+
+    async def explained(headers: dict[str, str], query: str = "") -> tuple[int, Json]:
+        url = f"{scene.running.admin}/debug/explain{query}"
+        async with scene.running.client.post(url, json=chat(), headers=headers) as response:
+            return response.status, await response.json()
+
+    for _ in range(12):
+        status, record = await explained(client)
+        assert (status, record["tier"]) == (200, "free"), record
+        assert record["left"]["requests"]["remaining"] == 10
+    by_name = await explained({}, "?tenant=curious")
+    assert by_name[1]["tenant"] == record["tenant"]
+    assert (await explained({}, "?tenant=curious&tier=paid"))[1]["left"]["requests"]["limit"] == 60
+    assert (await explained({}))[0] == 401
+    for _ in range(10):
+        async with scene.running.post(headers=client) as response:
+            assert response.status == 200
+    status, refused = await explained(client)
+    assert (status, refused["error"]["code"]) == (429, "rate_limit_exceeded")
 
 
 # --- claims, by Envoy's own filter ------------------------------------------------------------------------------------

@@ -63,6 +63,7 @@ class Lease:
 
     __slots__ = (
         "again_at",
+        "ahead",
         "asked_at",
         "back",
         "charged",
@@ -73,12 +74,15 @@ class Lease:
         "spent",
         "thirsty",
         "until",
+        "wanted",
         "whole_at",
     )
 
-    def __init__(self, key: Key, rate: Rate) -> None:
+    def __init__(self, key: Key, rate: Rate, ahead: bool = True) -> None:
+        """`ahead`: units are leased before they are needed. What lies here is missing elsewhere, until it has ended."""
         self.key = key
         self.rate = rate
+        self.ahead = ahead
         self.left = 0.0
         """Units that may be spent; below 0 are debts."""
         self.until = 0.0
@@ -94,7 +98,9 @@ class Lease:
         self.whole_at = float("-inf")
         """When the store's meter is full, by its last word."""
         self.spent = 0.0
-        """Since the last ask."""
+        """Since the last ask; counted only where it is to tell what will be needed."""
+        self.wanted = 0
+        """Requests that wait for a unit each."""
         self.asked_at: float | None = None
         """An ask is under way."""
         self.charged = 0.0
@@ -109,14 +115,20 @@ class Lease:
         if self.left > 0:
             return 0.0
         if now < self.open_at:
-            self.thirsty = self.thirsty or now >= self.again_at
             return self.open_at - now
         return 0.0 if self.charged - self.left < credit else AGAIN_S
+
+    def refused(self, now: float) -> bool:
+        """A request was refused. Whether to ask again because of it: it is for want of units, and the last word is old."""
+        self._lapse(now)
+        self.thirsty = self.thirsty or (self.left <= 0 and self.again_at <= now < self.open_at)
+        return self.thirsty
 
     def spend(self, cost: float) -> None:
         """Take it from what is left, or into debt."""
         self.left -= cost
-        self.spent += cost
+        if self.ahead:
+            self.spent += cost
 
     def regain(self, cost: float) -> None:
         """Of what was spent so much was not needed: it goes back, for here it might be spent too late."""
@@ -127,7 +139,7 @@ class Lease:
         self._lapse(now)
         if self.asked_at is not None:
             return False
-        if self.left < 0 or self.back > 0 or self.thirsty:
+        if self.left < 0 or self.back > 0 or self.thirsty or self.wanted > self.left:
             return True
         return self.spent > 0 and now >= self.open_at and self.left <= self.spent / SPARE
 
@@ -135,10 +147,12 @@ class Lease:
         """What to say; afterwards `told` or `unheard` has to be called."""
         self._lapse(now)
         self.charged, self.left = max(-self.left, 0.0), max(self.left, 0.0)
-        wants = self.spent > 0 or self.thirsty
-        want = max(self.spent * SPARE, self.rate.burst / 2) - self.left if wants else 0.0
-        ask = Ask(self.key, self.rate, self.charged - self.back, max(ceil(want), 0), routers)
+        want = float(self.wanted)
+        if self.ahead and (self.spent > 0 or self.thirsty):
+            want = max(want, self.spent * SPARE, self.rate.burst / 2)
+        ask = Ask(self.key, self.rate, self.charged - self.back, max(ceil(want - self.left), 0), routers)
         self.spent = self.back = 0.0
+        self.wanted = 0
         self.thirsty = False
         self.asked_at = now
         return ask
@@ -176,6 +190,11 @@ class Lease:
     def rests(self) -> bool:
         """Whether nothing is left, owed or under way."""
         return self.left == self.back == 0 and self.asked_at is None
+
+    @property
+    def quiet(self) -> bool:
+        """Whether time alone will give it nothing to ask."""
+        return self.rests and self.spent == self.wanted == 0 and not self.thirsty
 
 
 def credit(rate: Rate, routers: int) -> float:

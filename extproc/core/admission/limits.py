@@ -11,7 +11,7 @@ router lets pass, whatever the others do, and are all there is while the store i
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from enum import StrEnum
 from math import ceil
@@ -19,13 +19,17 @@ from typing import Final
 
 from extproc.core.account import Account, Allowance, Quota, Rate
 from extproc.core.admission.gcra import Meter, quota
+from extproc.core.admission.in_flight import InFlight
 from extproc.core.admission.leases import TTL_S, Ask, Key, Lease, Told, credit
 from extproc.core.record import record
 from extproc.core.types import End, Outcome, Refusal, Reject, Request
 
+FORGOTTEN: Final = 1000
+"""Leases looked at in each sweep for whether they may be forgotten. All at once would be 10 ms for ten thousand tenants."""
 MAX_METERS: Final = 200_000
 """Meters kept, two for each tenant as a rule and 300 bytes each. Beyond, the one not used for longest is forgotten, and its tenant starts anew."""
 
+NOTHING: Final[Mapping[Key, int]] = {}
 Rated = tuple[tuple[Key, Rate], float]
 """A meter and a cost."""
 
@@ -45,7 +49,7 @@ class Sharing:
     """Seconds for which a lease is good."""
     loss: Loss = Loss.OPEN
     strict: bool = False
-    """No credit: who has no lease is to ask first."""
+    """No credit, and nothing is leased ahead: who has no lease is to ask first, and what is not needed is nowhere missing."""
 
 
 @record
@@ -72,11 +76,15 @@ class Limits:
 
     def __init__(self) -> None:
         self._meters: dict[Key, Meter] = {}  # in the order of last use
-        self._running: Counter[Key] = Counter()
+        self.in_flight = InFlight()
         self._charges: dict[str, Charge] = {}
         self._leases: dict[Key, Lease] = {}
         self._stirred: set[Key] = set()
         """Leases of which something became different since the last ask."""
+        self._restless: set[Key] = set()
+        """Those that may have something to ask when time has passed."""
+        self._unexamined: list[Key] = []
+        """Those that are still to be looked at for whether they may be forgotten."""
         self.sharing: Sharing | None = None
         """None where this router is alone."""
         self.away = True
@@ -107,10 +115,26 @@ class Limits:
         """The refusal, if the request exceeds a limit; counts nothing. Estimates in tokens; `request.account` must be there."""
         account = request.account
         assert account is not None
+        reject = self.would_refuse(request, prompt_tokens, output_tokens, now)
+        if reject is None:
+            return None
+        self.results[Tally(account.tier, account.label, reject.refusal.value)] += 1
+        if reject.refusal is Refusal.CONCURRENCY:
+            self._moved(_in_flight(account))
+        for key, _ in _rates(account):
+            self._meter(key)  # it is in use
+            lease = self._leases.get(key)
+            if lease is not None and lease.refused(now):
+                self._stir(key)
+        return reject
+
+    def would_refuse(self, request: Request, prompt_tokens: int, output_tokens: float, now: float) -> Reject | None:
+        """As `check`, and changes nothing."""
+        account = request.account
+        assert account is not None
         refusal, wait_s = self._exceeds(account, prompt_tokens, prompt_tokens + output_tokens, now)
         if refusal is None:
             return None
-        self.results[Tally(account.tier, account.label, refusal.value)] += 1
         left = self.allowance(account, now)
         return Reject(refusal, request.model, retry_after_s=wait_s, allowance=left, limit=_limit(account, refusal))
 
@@ -119,7 +143,8 @@ class Limits:
         self._charges[counted] = Charge(account, tokens)
         self.results[Tally(account.tier, account.label, "admitted")] += 1
         if account.in_flight is not None:
-            self._running[_in_flight(account)] += 1
+            self.in_flight.began(_in_flight(account))
+            self._moved(_in_flight(account))
         for (key, rate), cost in _costs(account, tokens):
             self._meter(key).take(cost, rate, now)
             if self.sharing is not None:
@@ -158,22 +183,31 @@ class Limits:
         rated = dict(pair for account in accounts for pair in _rates(account))
         return [key for key, rate in rated.items() if self._lease(key, rate).lacks(now)]
 
-    def asks(self, now: float, wanted: Iterable[Key] = (), sweep: bool = False) -> list[Ask]:
-        """What to tell the store now. `wanted` are asked for even without a debt.
+    def asks(self, now: float, wanted: Mapping[Key, int] = NOTHING, sweep: bool = False) -> list[Ask]:
+        """What to tell the store now. `wanted` says how many requests wait for a unit of each.
 
-        `sweep` looks at all leases for those that ended, and forgets the idle; otherwise only at those of which something became different.
+        `sweep` looks also at those that may have ended by time, and forgets some of the idle; otherwise only at those of which
+        something became different.
         """
         routers = max(self.routers(), 1)
-        for key in wanted:
+        for key, waiting in wanted.items():
             if (lease := self._leases.get(key)) is not None:
-                lease.spent = max(lease.spent, 1.0)
+                lease.wanted = waiting
                 self._stirred.add(key)
+        looked, self._stirred = self._stirred, set()
         if sweep:
-            for key in [key for key, lease in self._leases.items() if lease.rests and now >= lease.whole_at]:
-                del self._leases[key]
-        looked = self._leases.keys() if sweep else [key for key in self._stirred if key in self._leases]
-        self._stirred = set()
-        return [self._leases[key].ask(routers, now) for key in looked if self._leases[key].due(now)]
+            self._forget(now)
+            looked |= self._restless
+        asks = []
+        for key in looked:
+            lease = self._leases.get(key)
+            if lease is not None and lease.due(now):
+                asks.append(lease.ask(routers, now))
+            if lease is None or lease.quiet:
+                self._restless.discard(key)
+            else:
+                self._restless.add(key)
+        return asks
 
     def told(self, answers: Iterable[Told], now: float) -> None:
         """The store answered what `asks` gave."""
@@ -201,7 +235,7 @@ class Limits:
         if account.tokens is not None and prompt_tokens > account.tokens.burst:
             return Refusal.PROMPT_TOO_LONG, None  # it would have to wait for ever
         most = account.in_flight
-        if most is not None and self._running[_in_flight(account)] >= most.count:
+        if most is not None and self.in_flight.of(_in_flight(account), now) >= most.count:
             return Refusal.CONCURRENCY, None
         if self.sharing is not None and self.away and self.sharing.loss is Loss.CLOSED and _rates(account):
             return Refusal.LIMITS_UNKNOWN, None
@@ -212,18 +246,15 @@ class Limits:
         return Refusal.RATE_LIMITED if kind == "requests" else Refusal.TOKENS_LIMITED, wait_s
 
     def _wait_s(self, key: Key, rate: Rate, cost: float, now: float) -> float:
-        wait_s = self._meter(key).wait_s(cost, rate, now)
+        wait_s = (self._meters.get(key) or Meter()).wait_s(cost, rate, now)
         if self.sharing is None or self.away:
             return wait_s
         allowed = 0.0 if self.sharing.strict else credit(rate, max(self.routers(), 1))
-        lease = self._lease(key, rate)
-        wait_s = max(wait_s, lease.wait_s(allowed, now))
-        if lease.thirsty:
-            self._stir(key)
-        return wait_s
+        lease = self._leases.get(key) or Lease(key, rate)
+        return max(wait_s, lease.wait_s(allowed, now))
 
     def _quota(self, key: Key, rate: Rate, now: float) -> Quota:
-        ours = self._meter(key).quota(rate, now)
+        ours = (self._meters.get(key) or Meter()).quota(rate, now)
         lease = self._leases.get(key)
         if lease is None or self.away:
             return ours
@@ -242,11 +273,22 @@ class Limits:
     def _lease(self, key: Key, rate: Rate) -> Lease:
         lease = self._leases.get(key)
         if lease is None:
+            lease = Lease(key, rate, ahead=self.sharing is None or not self.sharing.strict)
             if len(self._leases) >= MAX_METERS:
-                return Lease(key, rate)  # lives on credit, which is not remembered; its own meter still holds
-            lease = self._leases[key] = Lease(key, rate)
+                return lease  # lives on credit, which is not remembered; its own meter still holds
+            self._leases[key] = lease
         lease.rate = rate
         return lease
+
+    def _forget(self, now: float) -> None:
+        """Some of the leases of which nothing is left to do; all are looked at in turn."""
+        if not self._unexamined:
+            self._unexamined = list(self._leases)
+        for key in self._unexamined[-FORGOTTEN:]:
+            lease = self._leases.get(key)
+            if lease is not None and lease.rests and now >= lease.whole_at:
+                del self._leases[key]
+        del self._unexamined[-FORGOTTEN:]
 
     def _spend(self, key: Key, rate: Rate, cost: float) -> None:
         lease = self._lease(key, rate)
@@ -276,15 +318,19 @@ class Limits:
     def _gone(self, account: Account) -> None:
         if account.in_flight is None:
             return
-        key = _in_flight(account)
-        self._running[key] -= 1
-        if self._running[key] <= 0:
-            del self._running[key]
+        self.in_flight.ended(_in_flight(account))
+        self._moved(_in_flight(account))
+
+    def _moved(self, key: Key) -> None:
+        """The others are to know how many are in flight here, or this router of them."""
+        if self.sharing is not None:
+            self.in_flight.stir(key)
+            self.wake()
 
     def check_books(self) -> None:
         """Raises AssertionError where what runs is not what was counted."""
         counted = Counter(_in_flight(c.account) for c in self._charges.values() if c.account.in_flight is not None)
-        assert counted == self._running, (counted, self._running)
+        assert counted == self.in_flight.here, (counted, self.in_flight)
 
 
 def _rates(account: Account) -> list[tuple[Key, Rate]]:

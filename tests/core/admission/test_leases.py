@@ -7,7 +7,7 @@ import pytest
 from extproc.adapters.leasing import FakeStore
 from extproc.core.account import Account, Rate
 from extproc.core.admission.leases import AGAIN_S, TTL_S, Lease, Told, credit, overshoot
-from extproc.core.admission.limits import Limits, Loss, Sharing
+from extproc.core.admission.limits import FORGOTTEN, Limits, Loss, Sharing
 from extproc.core.types import End, Outcome, Refusal, Request, Usage
 
 KEY = ("t", "requests", "")
@@ -204,3 +204,60 @@ def test_the_bound_is_five_percent_for_limits_that_are_not_tiny() -> None:
     assert overshoot(Rate(1200, 1200), 4) < 0.05
     assert overshoot(Rate(140, 140), 4) < 0.05
     assert overshoot(Rate(10, 10), 4) == pytest.approx(1 / 60 + 0.4), "one request for each router"
+
+
+def test_a_lease_that_ends_by_time_is_given_back_by_a_sweep() -> None:
+    [limits] = routers(1)
+    store = FakeStore()
+    assert request(limits, ACCOUNT, 0.0) is None
+    exchange(limits, store, 0.0, sweep=False)
+    assert limits.asks(0.5, sweep=True) == [], "it is still good"
+    [ask] = limits.asks(TTL_S, sweep=True)
+    assert ask.charge == -300, "all that was leased"
+    limits.told([store._lease(ask)], TTL_S)
+    assert limits.asks(TTL_S + 1.0, sweep=True) == [], "nothing is left to give back"
+
+
+def test_leases_that_rest_are_forgotten_though_not_all_at_once() -> None:
+    [limits] = routers(1)
+    store = FakeStore()
+    for i in range(count := 2 * FORGOTTEN + 1):
+        assert request(limits, Account(f"t{i}", "free", requests=RATE), 0.0) is None
+    left = []
+    for now in range(20):
+        exchange(limits, store, float(now))
+        left.append(len(limits._leases))
+    assert any(0 < n < count for n in left), left
+    assert left[-1] == 0, left
+
+
+def test_an_explanation_asks_for_nothing() -> None:
+    [limits] = routers(1)
+    asked = Request(account=ACCOUNT)
+    limits.would_refuse(asked, 1, 0.0, 0.0)
+    limits.allowance(ACCOUNT, 0.0)
+    assert limits.asks(0.0, sweep=True) == []
+    assert (limits._leases, limits._meters) == ({}, {})
+
+
+def test_strict_limits_lease_what_is_waited_for_and_nothing_ahead() -> None:
+    a, b = routers(2, strict=True)
+    store = FakeStore()
+    small = Account("t", "free", requests=Rate(10, 10))
+
+    def ask(limits: Limits, waiting: int) -> list[Refusal | None]:
+        """So many requests at once, each after it waited for a lease."""
+        while keys := limits.lacks([small], 0.0):
+            asks = limits.asks(0.0, dict.fromkeys(keys, waiting))
+            limits.told([store._lease(each) for each in asks], 0.0)
+            assert asks, "it would wait for ever"
+        return [request(limits, small, 0.0) for _ in range(waiting)]
+
+    assert ask(a, 1) == [None]
+    assert a.lacks([small], 0.0) == [KEY], "nothing is left here that would be missing there"
+    assert ask(b, 4) == [None] * 4
+    assert [ask(a, 1) for _ in range(5)] == [[None]] * 5
+    assert ask(a, 1) == ask(b, 1) == [Refusal.RATE_LIMITED]
+    assert request(a, small, TTL_S) is Refusal.RATE_LIMITED
+    [asked] = a.asks(TTL_S)
+    assert asked.want == 0, "it only asks whether others gave something back"

@@ -57,6 +57,20 @@ def test_the_eleventh_request_is_refused_and_told_when_to_come_again() -> None:
     passed(made, ask(FREE), 6.0)
 
 
+def test_explaining_says_the_refusal_and_counts_nothing() -> None:
+    made = router()
+    for _ in range(20):
+        assert not isinstance(made.explain(ask(FREE), 0.0), Reject)
+    for _ in range(10):
+        passed(made, ask(FREE))
+    before = (dict(made.limits.results), made.limits.allowance(FREE, 0.0))
+    explained = made.explain(ask(FREE), 0.0)
+    assert isinstance(explained, Reject)
+    assert explained.refusal is Refusal.RATE_LIMITED
+    assert explained.retry_after_s == pytest.approx(6.0)
+    assert (dict(made.limits.results), made.limits.allowance(FREE, 0.0)) == before
+
+
 def test_tenants_do_not_share_and_requests_without_an_account_are_free() -> None:
     made = router()
     for _ in range(10):
@@ -272,4 +286,4 @@ def test_after_all_ends_nothing_is_in_flight_whatever_happened(steps: list[tuple
     made.expire(now + 100.0)
     made.check()
     assert list(made.limits.counted) == []
-    assert not made.limits._running
+    assert not made.limits.in_flight.here
