@@ -2,8 +2,9 @@
 
 One visit asks up to three questions, each only where the one before was answered:
 
-1. LIVE: does the process answer on its health path with 200? A dead vLLM engine answers 503, a dead process refuses.
-2. READY: is a wanted model in the list of `/v1/models`?
+1. LIVE: does the process answer on its health path with 200? A dead vLLM engine answers 503, a dead process refuses. Engines differ
+   in that path: 404 says that it is another's, and the next is asked, until one answers otherwise.
+2. READY: is a wanted model in the list of `/v1/models`? Where there is no such list: does the engine say so on a path of its own?
 3. DEEP, where configured and due: does it generate a token? Only this notices an engine that hangs behind an HTTP server that
    does not (vLLM 0.32 goes on to answer both of the others, and its gauges say idle), so only a replica without work is asked.
 """
@@ -20,7 +21,7 @@ from typing import Final
 
 import orjson
 
-from extproc.adapters.engines import listed_models
+from extproc.adapters.engines import HealthPaths, listed_models
 from extproc.adapters.pages import Page, Pages
 from extproc.adapters.rounds import Rounds, Visited, now
 from extproc.adapters.scraping import MODELS_PATH
@@ -39,6 +40,13 @@ class Checks:
     health: Health
     models: tuple[str, ...] = ()
     """One of these listed makes a replica ready; empty: any."""
+    paths: tuple[HealthPaths, ...] = (HealthPaths("/health"),)
+    """Where a replica may tell how it is, in the order in which to ask; what `health` says goes before."""
+
+    @property
+    def asked(self) -> tuple[HealthPaths, ...]:
+        """The same, with what `health` says."""
+        return self.paths if self.health.path is None else (HealthPaths(self.health.path),)
 
 
 @dataclass(slots=True, eq=False)
@@ -50,6 +58,13 @@ class _Checked(Visited):
     """Why the last check of each kind failed; None where it succeeded."""
     deep_due: float = 0.0
     """Loop time of the next deep check."""
+    paths: HealthPaths | None = None
+    """Where it answered last."""
+
+    def candidates(self) -> tuple[HealthPaths, ...]:
+        """Where to ask, first where it answered."""
+        asked = self.checks.asked
+        return asked if self.paths not in asked else (self.paths, *(paths for paths in asked if paths != self.paths))
 
     @property
     def state(self) -> str:
@@ -99,8 +114,7 @@ class Prober(Rounds[_Checked]):
         return checked.checks.health.doubt_interval_s
 
     async def _visit(self, checked: _Checked) -> None:
-        health = checked.checks.health
-        trouble = _trouble(await self._ask(checked, health.path))
+        trouble = _trouble(await self._live(checked))
         self._tell(checked, Probe.LIVE, trouble)
         if trouble == ScrapeFailure.REFUSED:
             self._tell(checked, Probe.READY, trouble)
@@ -110,11 +124,27 @@ class Prober(Rounds[_Checked]):
         if model is not None and self._deep_is_due(checked):
             await self._deep(checked, model)
 
+    async def _live(self, checked: _Checked) -> Page | ScrapeFailure:
+        """What the first path answers that the replica knows; where it knows none, what the first of all answered."""
+        first: Page | ScrapeFailure | None = None
+        for paths in checked.candidates():
+            page = await self._ask(checked, paths.live)
+            if not isinstance(page, Page):
+                return page
+            if page.status != 404:
+                checked.paths = paths
+                return page
+            first = first or page
+        checked.paths = None
+        return first or Page(404)
+
     async def _ready(self, checked: _Checked) -> str | None:
         """The model to ask for in a deep check; None where it is not ready, or does not say what it has."""
         page = await self._ask(checked, MODELS_PATH)
         if _will_not_say(page):
-            self._tell(checked, Probe.READY, None)  # wants a key, or has no list: being alive must do
+            # It wants a key, or has no list: its own word counts, and where it has none being alive must do.
+            path = checked.paths.ready if checked.paths is not None else None
+            self._tell(checked, Probe.READY, None if path is None else _trouble(await self._ask(checked, path)))
             return None
         trouble = _trouble(page)
         listed = listed_models(page.body) if isinstance(page, Page) and trouble is None else None

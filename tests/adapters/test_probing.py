@@ -12,6 +12,7 @@ from random import Random
 import orjson
 import pytest
 
+from extproc.adapters.engines import CHOICES, HealthPaths, health_paths
 from extproc.adapters.pages import FakePages, HttpPages, Page
 from extproc.adapters.probing import COMPLETIONS_PATH, Checks, Prober
 from extproc.adapters.scraping import MODELS_PATH
@@ -42,7 +43,12 @@ def pace(
 class Bench:
     """A prober of pool `p` with everything around it in reach."""
 
-    def __init__(self, health: Health, models: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        health: Health,
+        models: tuple[str, ...] = (),
+        paths: tuple[HealthPaths, ...] = health_paths(CHOICES["vllm"]),
+    ) -> None:
         self.pages = FakePages()
         self.facts: list[Fact] = []
         self.times: list[float] = []
@@ -50,7 +56,7 @@ class Bench:
         self.doubted: set[str] = set()
         self.idle: Callable[[str], bool] = lambda _: True
         self.prober = Prober(
-            {"p": Checks(health, models)},
+            {"p": Checks(health, models, paths)},
             self._learn,
             rng=Random(1),
             doubtful=self.doubted.__contains__,
@@ -92,8 +98,10 @@ class Bench:
 
 
 @asynccontextmanager
-async def bench(health: Health, models: tuple[str, ...] = ()) -> AsyncIterator[Bench]:
-    made = Bench(health, models)
+async def bench(
+    health: Health, models: tuple[str, ...] = (), paths: tuple[HealthPaths, ...] = health_paths(CHOICES["vllm"])
+) -> AsyncIterator[Bench]:
+    made = Bench(health, models, paths)
     try:
         yield made
     finally:
@@ -134,6 +142,48 @@ class TestAnswers:
         async with bench(pace(deep_interval_s=FOREVER_S)) as b:
             b.serve(health=answer)
             assert await b.first() == [(LIVE, False)]
+
+    async def test_404_sends_on_to_the_path_of_another_engine_which_is_asked_first_from_then_on(self) -> None:
+        paths = health_paths(CHOICES["auto"])
+        async with bench(pace(interval_s=SOON_S), paths=paths) as b:
+            b.serve(health=Page(404), models=Page(404))
+            b.pages.answers |= {(A, path): Page(404) for path in ("/-/healthz", "/v2/health/live", "/health/ready")}
+            b.pages.answers[A, "/v2/health/live"] = b.pages.answers[A, "/v2/health/ready"] = Page(200)
+            b.prober.follow(joined(A))
+            await until(lambda: b.asked("/v2/health/ready") >= 4)
+            assert b.asked() == 1
+            assert b.asked("/health/ready") == 0
+            assert {(f.probe, f.ok) for f in b.facts if isinstance(f, Probed)} == {(LIVE, True), (READY, True)}
+
+    async def test_where_no_list_of_models_is_the_engines_own_word_makes_it_ready_or_not(self) -> None:
+        """tritonserver answers 400 on its ready path while it loads or ends."""
+        async with bench(pace(), paths=(HealthPaths("/v2/health/live", "/v2/health/ready"),)) as b:
+            b.pages.answers |= {
+                (A, "/v2/health/live"): b"",
+                (A, MODELS_PATH): Page(404),
+                (A, "/v2/health/ready"): Page(400),
+            }
+            assert await b.first() == [(LIVE, True), (READY, False)]
+
+    async def test_where_no_path_is_known_the_answer_of_the_first_counts(self) -> None:
+        async with bench(pace(), paths=(HealthPaths("/health"), HealthPaths("/b"))) as b:
+            b.serve(health=Page(404))
+            b.pages.answers[A, "/b"] = Page(404)
+            assert await b.first() == [(LIVE, False)]
+            assert repr(b.prober) == "<Prober 1 not live>"
+
+    async def test_only_404_sends_on(self) -> None:
+        async with bench(pace(), paths=(HealthPaths("/health"), HealthPaths("/b"))) as b:
+            b.serve(health=Page(503))
+            assert await b.first() == [(LIVE, False)]
+            assert b.asked("/b") == 0
+
+    async def test_the_path_of_the_configuration_is_the_only_one(self) -> None:
+        async with bench(Health(path="/ping", interval_s=FOREVER_S), paths=health_paths(CHOICES["auto"])) as b:
+            b.serve()
+            b.pages.answers[A, "/ping"] = Page(404)
+            assert await b.first() == [(LIVE, False)]
+            assert b.asked() == 0
 
     async def test_the_path_of_the_configuration_is_asked(self) -> None:
         async with bench(Health(path="/ping", interval_s=FOREVER_S)) as b:

@@ -11,13 +11,14 @@ from random import Random
 
 import pytest
 
-from extproc.adapters.engines import ENGINES
-from extproc.adapters.pages import FakePages
+from extproc.adapters.engines import CHOICES
+from extproc.adapters.pages import FakePages, Page
 from extproc.adapters.scraping import MODELS_PATH, Scraper, Target
 from extproc.config import Scrape
 from extproc.core.types import (
     Add,
     Fact,
+    Identified,
     NotSampled,
     Remove,
     Replica,
@@ -27,6 +28,7 @@ from extproc.core.types import (
     ScrapeFailure,
     Serves,
 )
+from tests.adapters.engines.pages import documented
 from tests.support.waiting import until
 
 A, B = "10.0.0.1:8000", "10.0.0.2:8000"
@@ -43,14 +45,14 @@ def pace(interval_s: float = 0.01, idle_interval_s: float = FOREVER_S, models_in
 class Bench:
     """A scraper of pool `p` with everything around it in reach."""
 
-    def __init__(self, scrape: Scrape, engine: str | None = "vllm") -> None:
+    def __init__(self, scrape: Scrape, engine: str = "vllm") -> None:
         self.pages = FakePages()
         self.facts: list[Fact] = []
         self.times: list[float] = []
         self.trouble: Exception | None = None
         self.busy: set[str] = set()
         self.scraper = Scraper(
-            {"p": Target(ENGINES[engine] if engine else None, scrape)},
+            {"p": Target(CHOICES[engine], scrape)},
             self._learn,
             rng=Random(1),
             busy=self.busy.__contains__,
@@ -80,7 +82,7 @@ class Bench:
 
 
 @asynccontextmanager
-async def bench(scrape: Scrape, engine: str | None = "vllm") -> AsyncIterator[Bench]:
+async def bench(scrape: Scrape, engine: str = "vllm") -> AsyncIterator[Bench]:
     made = Bench(scrape, engine)
     try:
         yield made
@@ -106,6 +108,7 @@ class TestFacts:
             b.scraper.follow(joined(A))
             await until(b.served)
             assert b.facts == [
+                Identified("p", A, "vllm"),
                 Sampled("p", A, Sample(running=0, waiting=0)),
                 Serves("p", A, ("tiny", "adapter-a")),
             ]
@@ -128,7 +131,7 @@ class TestFacts:
             assert b.facts[0] == NotSampled("p", A, ScrapeFailure.UNREADABLE)
 
     async def test_without_an_engine_only_the_models_are_read(self) -> None:
-        async with bench(pace(idle_interval_s=0.01, models_interval_s=0.01), engine=None) as b:
+        async with bench(pace(idle_interval_s=0.01, models_interval_s=0.01), engine="none") as b:
             b.serve(A, IDLE)
             b.scraper.follow(joined(A))
             await until(lambda: b.served() >= 3)
@@ -144,6 +147,7 @@ class TestFacts:
             await b.scraped(A, 3)
         assert [r.getMessage() for r in caplog.records] == [
             f"replica {A} of pool p: sampled, was unseen",
+            f"replica {A} of pool p is vllm by its metrics",
             f"replica {A} of pool p: late, was sampled",
         ]
 
@@ -252,7 +256,7 @@ class TestModels:
             b.scraper.follow(joined(A))
             await until(lambda: b.pages.asked.count((A, MODELS_PATH)) >= 2)
             assert b.scrapes(A) > 2
-            assert all(isinstance(f, Sampled) for f in b.facts)
+            assert all(isinstance(f, Sampled | Identified) for f in b.facts)
 
     async def test_a_replica_that_does_not_answer_is_not_asked_for_models(self) -> None:
         async with bench(pace()) as b:
@@ -260,6 +264,215 @@ class TestModels:
             b.scraper.follow(joined(A))
             await b.scraped(A, 3)
             assert (A, MODELS_PATH) not in b.pages.asked
+
+
+class TestEngines:
+    """`engine: auto`: each replica by its own page."""
+
+    async def test_replicas_of_one_pool_may_be_different_engines(self) -> None:
+        async with bench(pace(), "auto") as b:
+            b.serve(A, WORKING)
+            b.serve(B, documented("sglang_0.5.txt"))
+            b.scraper.follow(joined(A, B))
+            await until(lambda: len({f.address for f in b.facts if isinstance(f, Sampled)}) == 2)
+            assert {f.address: f.engine for f in b.facts if isinstance(f, Identified)} == {A: "vllm", B: "sglang"}
+            told = {f.address: (f.sample.running, f.sample.waiting) for f in b.facts if isinstance(f, Sampled)}
+            assert told == {A: (0, 3), B: (5, 4)}
+            assert (B, "/prometheus/metrics") not in b.pages.asked
+
+    async def test_another_engine_at_the_same_address_is_noticed(self) -> None:
+        async with bench(pace(), "auto") as b:
+            b.serve(A, WORKING)
+            b.scraper.follow(joined(A))
+            await until(b.served)
+            b.serve(A, documented("tgi_3.txt"))
+            await until(lambda: Identified("p", A, "tgi") in b.facts)
+            after = b.facts[b.facts.index(Identified("p", A, "tgi")) + 1]
+            assert isinstance(after, Sampled)
+            assert after.sample.running == 4
+
+    async def test_a_page_that_tells_less_than_before_goes_to_who_reads_most_of_it(self) -> None:
+        """Triton's first model was of another backend."""
+        async with bench(pace(), "auto") as b:
+            b.serve(A, documented("triton.txt"))
+            b.scraper.follow(joined(A))
+            await until(b.served)
+            b.serve(A, documented("triton_trtllm.txt"))
+            await until(lambda: Identified("p", A, "triton_trtllm") in b.facts)
+            assert b.facts[0] == Identified("p", A, "triton")
+
+    async def test_where_one_path_has_no_metrics_the_next_is_asked_and_then_first(self) -> None:
+        async with bench(pace(), "auto") as b:
+            b.serve(A, documented("trtllm_iterations.json"))
+            b.pages.answers[A, "/prometheus/metrics"] = documented("trtllm_1.2.txt")
+            b.scraper.follow(joined(A))
+            await until(lambda: b.pages.asked.count((A, "/prometheus/metrics")) >= 4)
+            assert b.facts[0] == Identified("p", A, "trtllm")
+            assert b.scrapes(A) == 1
+
+    @pytest.mark.parametrize("answer", [ScrapeFailure.REFUSED, Page(503)], ids=repr)
+    async def test_only_a_page_without_metrics_sends_on_to_another_path(self, answer: Page | ScrapeFailure) -> None:
+        async with bench(pace(), "auto") as b:
+            b.pages.answers[A, "/metrics"] = answer
+            b.scraper.follow(joined(A))
+            await until(lambda: b.facts)
+            assert (A, "/prometheus/metrics") not in b.pages.asked
+
+    async def test_a_page_that_never_ends_does_not_hide_the_one_on_another_path(self) -> None:
+        async with bench(pace(), "auto") as b:
+            b.pages.answers |= {
+                (A, "/metrics"): ScrapeFailure.LATE,
+                (A, "/prometheus/metrics"): documented("trtllm_1.2.txt"),
+                (A, MODELS_PATH): MODELS,
+            }
+            b.scraper.follow(joined(A))
+            await until(lambda: Identified("p", A, "trtllm") in b.facts)
+            assert b.facts[0] == NotSampled("p", A, ScrapeFailure.LATE)
+
+    async def test_one_that_is_late_once_is_looked_for_where_it_was(self) -> None:
+        async with bench(pace(), "auto") as b:
+            b.serve(A, WORKING)
+            b.scraper.follow(joined(A))
+            await until(b.served)
+            b.serve(A, ScrapeFailure.LATE)
+            await b.scraped(A, 4)
+            assert (A, "/prometheus/metrics") not in b.pages.asked
+
+    @pytest.mark.parametrize(
+        ("page", "why"), [(Page(404), ScrapeFailure.STATUS), (b"up 1\n", ScrapeFailure.UNREADABLE)], ids=repr
+    )
+    async def test_one_that_tells_nothing_is_said_so_once_with_the_remedy(
+        self, page: Page | bytes, why: ScrapeFailure, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """SGLang without --enable-metrics answers 404."""
+        async with bench(pace(idle_interval_s=0.01), "auto") as b:
+            b.pages.answers |= {(A, "/metrics"): page, (A, "/prometheus/metrics"): Page(404), (A, MODELS_PATH): MODELS}
+            b.scraper.follow(joined(A))
+            await b.scraped(A, 4)
+            assert b.facts.count(NotSampled("p", A, why)) >= 3
+            assert not [f for f in b.facts if isinstance(f, Sampled | Identified)]
+        warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+        assert len(warned) == 1
+        assert f"replica {A} of pool p tells nothing of its load on /metrics or /prometheus/metrics" in warned[0]
+        assert "sglang needs --enable-metrics" in warned[0]
+
+    async def test_one_that_told_and_no_longer_does_is_no_longer_known(self) -> None:
+        async with bench(pace(idle_interval_s=0.01), "auto") as b:
+            b.serve(A, WORKING)
+            b.pages.answers[A, "/prometheus/metrics"] = Page(404)
+            b.scraper.follow(joined(A))
+            await until(b.served)
+            b.pages.answers[A, "/metrics"] = Page(404)
+            await until(lambda: Identified("p", A, None) in b.facts)
+            b.serve(A, WORKING)
+            await until(lambda: b.facts.count(Identified("p", A, "vllm")) == 2)
+
+    async def test_an_engine_that_is_named_is_the_only_one_looked_for(self) -> None:
+        async with bench(pace(), "sglang") as b:
+            b.serve(A, WORKING)
+            b.scraper.follow(joined(A))
+            await until(lambda: b.facts)
+            assert b.facts[0] == NotSampled("p", A, ScrapeFailure.UNREADABLE)
+
+
+class TestPlaces:
+    """Where the metrics are, when not on the replica's own port."""
+
+    OWN = "10.0.0.1:8002"
+
+    async def test_on_another_port_of_its_host(self) -> None:
+        scrape = pace().model_copy(update={"port": 8002})
+        async with bench(scrape, "triton") as b:
+            b.serve(A, b"")
+            b.pages.answers[self.OWN, "/metrics"] = documented("triton_trtllm.txt")
+            b.scraper.follow(joined(A))
+            await until(b.served)
+            assert b.facts[0] == Identified("p", A, "triton_trtllm")
+            assert b.scrapes(A) == 0
+
+    async def test_that_this_port_refuses_does_not_condemn_the_replica(self) -> None:
+        async with bench(pace().model_copy(update={"port": 8002}), "triton") as b:
+            b.serve(A, b"")
+            b.scraper.follow(joined(A))
+            await until(b.served)
+            assert b.facts[0] == NotSampled("p", A, ScrapeFailure.UNREADABLE)
+
+    async def test_on_several_nodes_that_make_up_one_replica(self) -> None:
+        nodes = ("10.0.0.8:8080", "10.0.0.9:8080")
+        async with bench(pace(), "ray") as b:
+            b.serve(A, b"")
+            for node, page in zip(nodes, ("ray_node_a.txt", "ray_node_b.txt"), strict=True):
+                b.pages.answers[node, "/metrics"] = documented(page)
+            b.scraper.follow(Reset("p", (Replica(A, {"metrics": ", ".join(nodes)}),)))
+            await until(b.served)
+            sample = next(f.sample for f in b.facts if isinstance(f, Sampled))
+            assert (sample.running, sample.waiting, sample.num_blocks) == (8, 1, 2000)
+            b.pages.answers[nodes[1], "/metrics"] = ScrapeFailure.REFUSED
+            await until(lambda: b.facts[-1] == NotSampled("p", A, ScrapeFailure.UNREADABLE))
+
+    async def test_a_label_that_names_no_address_is_said_so_and_left_out(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        async with bench(pace()) as b:
+            b.serve(A, IDLE)
+            b.scraper.follow(Reset("p", (Replica(A, {"metrics": "node-1:8080"}),)))
+            await until(b.served)
+            assert b.scrapes(A) == 1
+        assert f"replica {A}: label metrics is 'node-1:8080'" in caplog.text
+
+    async def test_a_changed_label_and_a_changed_port_count_from_the_next_scrape_on(self) -> None:
+        async with bench(pace()) as b:
+            b.serve(A, WORKING)
+            b.pages.answers[self.OWN, "/metrics"] = WORKING
+            b.scraper.follow(joined(A))
+            await until(b.served)
+            b.scraper.retarget("p", Target(CHOICES["vllm"], pace().model_copy(update={"port": 8002})))
+            await b.scraped(self.OWN, 2)
+            b.scraper.follow(Add("p", Replica(A, {"metrics": A})))
+            await b.scraped(A, 2)
+
+
+class TestRanks:
+    """Several engines behind one address, told apart by a label."""
+
+    PAGE = documented("sglang_0.5_ranks.txt")
+
+    @staticmethod
+    def target(ranks: int) -> Target:
+        return Target(CHOICES["auto"], pace(), ranks)
+
+    async def test_each_is_sampled_under_its_own_name(self) -> None:
+        async with bench(pace(), "auto") as b:
+            b.scraper.retarget("p", self.target(2))
+            b.serve(A, self.PAGE)
+            b.scraper.follow(joined(A))
+            await until(b.served)
+            told = {f.address: (f.sample.running, f.sample.waiting) for f in b.facts if isinstance(f, Sampled)}
+            assert told == {f"{A}/0": (4, 2), f"{A}/1": (1, 0)}
+            assert b.facts[0] == Identified("p", A, "sglang")
+
+    async def test_one_of_which_the_page_tells_nothing_is_not_known_and_it_is_said(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        async with bench(pace(), "auto") as b:
+            b.scraper.retarget("p", self.target(3))
+            b.serve(A, self.PAGE)
+            b.scraper.follow(joined(A))
+            await b.scraped(A, 4)
+            assert NotSampled("p", f"{A}/2", ScrapeFailure.UNREADABLE) in b.facts
+        said = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+        assert said == [f"replica {A} of pool p tells of data parallel ranks [0, 1], but data_parallel is 3"]
+
+    async def test_a_page_that_does_not_tell_them_apart_tells_nothing_of_any(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        async with bench(pace(), "auto") as b:
+            b.scraper.retarget("p", self.target(2))
+            b.serve(A, WORKING)
+            b.scraper.follow(joined(A))
+            await until(b.served)
+            assert not [f for f in b.facts if isinstance(f, Sampled)]
+        assert "tells of data parallel ranks not at all, but data_parallel is 2" in caplog.text
 
 
 class TestMembership:

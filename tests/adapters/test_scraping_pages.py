@@ -14,8 +14,8 @@ from extproc.adapters.engines import ENGINES
 from extproc.adapters.pages import HttpPages
 from extproc.adapters.scraping import Scraper, Target
 from extproc.config import Scrape
-from extproc.core.types import Fact, NotSampled, Replica, Reset, Sampled, ScrapeFailure, Serves
-from tests.adapters.test_engines import RECORDED, recorded
+from extproc.core.types import Fact, Identified, NotSampled, Replica, Reset, Sampled, ScrapeFailure, Serves
+from tests.adapters.engines.pages import RECORDED, recorded
 from tests.support.ports import free_port
 from tests.support.waiting import until
 
@@ -162,7 +162,7 @@ class TestGet:
 @asynccontextmanager
 async def scraping(address: str, scrape: Scrape) -> AsyncIterator[list[Fact]]:
     facts: list[Fact] = []
-    scraper = Scraper({"p": Target(ENGINES["vllm"], scrape)}, facts.append, rng=Random(1))
+    scraper = Scraper({"p": Target((ENGINES["vllm"],), scrape)}, facts.append, rng=Random(1))
     scraper.follow(Reset("p", (Replica(address),)))
     try:
         yield facts
@@ -175,7 +175,8 @@ class TestScraperOverHttp:
         scrape = Scrape.model_construct(interval_s=0.01, idle_interval_s=0.05, timeout_s=0.2, models_interval_s=60.0)
         async with scraping(server.address, scrape) as facts:
             await until(lambda: any(isinstance(f, Serves) for f in facts))
-            first = facts[0]
+            assert facts[0] == Identified("p", server.address, "vllm")
+            first = facts[1]
             assert isinstance(first, Sampled)
             assert (first.sample.running, first.sample.waiting) == (0, 0)
             server.page = text(recorded("metrics_loaded_30req.txt"))

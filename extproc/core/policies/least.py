@@ -86,6 +86,31 @@ class LeastKv(_Least):
 
 @register
 @dataclass(slots=True)
+class GpuUtilization(_Least):
+    """Least used GPUs, by a DCGM exporter or NVML (`pools[].gpu`), with what was sent there since they were looked at.
+
+    A GPU counts as used while anything runs on it, be it one sequence or a hundred: this tells idle from busy, and little else.
+    """
+
+    name = "gpu_utilization"
+    measured = "gpu_use"
+    per_request: float = 0.05
+    """Use that one more request counts for until the GPUs are looked at again. 0: all that comes in between goes to the same replica."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.per_request <= 1:
+            raise ValueError(f"per_request must be from 0 to 1, not {self.per_request!r}")
+
+    def measure(self, member: Member, now: float) -> float | None:
+        use = member.gpu_use(now)
+        if use is None:
+            return None
+        since = max(len(member.load) - member.opened_at_gpu, 0)
+        return use + self.per_request * since + 1e-3 * len(member.load)  # as much used: fewer requests
+
+
+@register
+@dataclass(slots=True)
 class LeastLatency(_Least):
     """Lowest moving average of response times (peak EWMA: times the requests in flight), for mixed GPU types."""
 

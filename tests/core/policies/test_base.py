@@ -17,6 +17,7 @@ ALL = sorted(REGISTRY)
 
 def test_the_registry_has_every_policy_that_the_documentation_names() -> None:
     assert ALL == [
+        "gpu_utilization",
         "least_kv",
         "least_latency",
         "least_queue",
@@ -40,7 +41,9 @@ def test_a_policy_is_made_by_its_name_with_its_defaults(name: str) -> None:
 
 
 def test_an_unknown_policy_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(PolicyError, match="no policy is called 'least'; there are least_kv, least_latency"):
+    with pytest.raises(
+        PolicyError, match="no policy is called 'least'; there are gpu_utilization, least_kv, least_latency"
+    ):
         create("least")
 
 

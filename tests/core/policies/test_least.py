@@ -4,11 +4,15 @@ from collections import Counter
 
 import pytest
 
-from extproc.core.types import Replica, Sample
+from extproc.core.fleet import GPU_STALE_S
+from extproc.core.policies.base import PolicyError, create
+from extproc.core.router import Router
+from extproc.core.types import GpuSampled, Replica, Sample
 
 from ..support import (
     A100,
     H100,
+    POOL,
     address,
     chosen,
     fill,
@@ -190,3 +194,48 @@ def test_power_of_two_lists_the_least_loaded_of_the_rest_as_alternates() -> None
     ranking = rank("power_of_two", members, seed=1)
     rest = [score for score, _ in ranking.order[2:]]
     assert rest == sorted(rest)
+
+
+# --- gpu_utilization --------------------------------------------------------------------------------------------------
+
+
+def gpu(made: Router, i: int, use: float | None, now: float = 0.0) -> None:
+    made.learn(GpuSampled(POOL, address(i), use), now)
+
+
+def test_gpu_utilization_takes_the_least_used_gpus() -> None:
+    made = router(3, "gpu_utilization")
+    for i, use in enumerate((0.9, 0.45, 0.7)):
+        gpu(made, i, use)
+    assert preferred(made, request(text(1000))) == address(1)
+
+
+def test_gpu_utilization_does_not_herd_between_two_looks() -> None:
+    made = router(2, "gpu_utilization")
+    gpu(made, 0, 0.5)
+    gpu(made, 1, 0.6)
+    counts = Counter(chosen(made, request(text(1000, n))) for n in range(20))
+    assert set(counts.values()) == {9, 11}
+
+
+def test_gpu_utilization_looks_anew_at_what_was_sent_before() -> None:
+    made = router(2, "gpu_utilization")
+    for _ in range(10):
+        made.arrive(request(subset=only(0)), 0.0)
+    gpu(made, 0, 0.2, now=1.0)
+    gpu(made, 1, 0.3, now=1.0)
+    assert preferred(made, request(text(1000)), now=1.0) == address(0)
+
+
+def test_unknown_gpus_are_not_idle_ones_and_old_news_is_unknown() -> None:
+    made = router(3, "gpu_utilization")
+    gpu(made, 0, 0.99)
+    gpu(made, 1, None)
+    assert preferred(made, request(text(1000))) == address(0)
+    gpu(made, 2, 1.0, now=GPU_STALE_S + 1.0)
+    assert preferred(made, request(text(1000)), now=GPU_STALE_S + 1.0) == address(2)
+
+
+def test_gpu_utilization_has_a_sensible_option() -> None:
+    with pytest.raises(PolicyError, match="per_request must be from 0 to 1"):
+        create("gpu_utilization", {"per_request": -0.1})

@@ -1,21 +1,16 @@
+"""vLLM's page: recorded ones, older forms, data parallel ranks, and odd bytes."""
+
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extproc.adapters.engines import ENGINES, listed_models, parse_vllm
+from extproc.adapters.engines import ENGINES, parse_vllm
 from extproc.core.types import Sample
-
-FIXTURES = Path(__file__).parents[1] / "fixtures"
-RECORDED = ("metrics_idle_fresh.txt", "metrics_loaded_30req.txt", "metrics_kv_pressure.txt")
-
-
-def recorded(name: str, version: str = "vllm-0.32") -> bytes:
-    return (FIXTURES / version / name).read_bytes()
+from tests.adapters.engines.pages import RECORDED, recorded
 
 
 def sample(text: str) -> Sample:
@@ -57,9 +52,6 @@ class TestRecordedPages:
         random.Random(seed).shuffle(lines)
         assert parse_vllm(b"".join(lines)) == parse_vllm(page)
 
-    def test_vllm_is_registered_by_the_name_of_the_configuration(self) -> None:
-        assert ENGINES["vllm"].parse(recorded("metrics_loaded_30req.txt")) is not None
-
 
 class TestOlderVersions:
     @pytest.mark.parametrize("name", ["metrics_0.9_tokens.txt", "metrics_0.8_blocks.txt"])
@@ -100,21 +92,49 @@ vllm:num_requests_running{engine="0",model_name="m"} 3.0
 vllm:num_requests_running{engine="1",model_name="m"} 5.0
 vllm:kv_cache_usage_perc{engine="0",model_name="m"} 0.2
 vllm:kv_cache_usage_perc{engine="1",model_name="m"} 0.6
-vllm:cache_config_info{engine="0",num_gpu_blocks="100",hash_block_size="8",block_size="16"} 1.0
-vllm:cache_config_info{block_size="16",engine="1",num_gpu_blocks_override="7",num_gpu_blocks="120"} 1.0
+vllm:cache_config_info{engine="0",num_gpu_blocks="220",hash_block_size="8",block_size="16"} 1.0
+vllm:cache_config_info{block_size="16",engine="1",num_gpu_blocks_override="7",num_gpu_blocks="220"} 1.0
 """
 
-    def test_work_and_blocks_add_up_and_usage_is_the_mean(self) -> None:
+    def test_work_adds_up_usage_is_the_mean_and_each_tells_the_blocks_of_all(self) -> None:
         parsed = sample(self.PAGE)
         assert (parsed.running, parsed.num_blocks, parsed.block_size) == (8, 220, 16)
         assert parsed.kv_usage == pytest.approx(0.4)
 
     def test_a_rank_that_has_not_counted_its_blocks_makes_the_sum_unknown(self) -> None:
-        parsed = sample(self.PAGE.replace('num_gpu_blocks="120"', 'num_gpu_blocks="None"'))
+        parsed = sample(self.PAGE.replace('7",num_gpu_blocks="220"', '7",num_gpu_blocks="None"'))
         assert (parsed.num_blocks, parsed.block_size, parsed.kv_capacity_tokens) == (None, 16, None)
 
     def test_ranks_with_different_block_sizes_have_none_in_common(self) -> None:
         assert sample(self.PAGE.replace('block_size="16",engine', 'block_size="32",engine')).block_size is None
+
+    def test_a_recorded_engine_with_two_ranks_of_200_blocks(self) -> None:
+        page = recorded("metrics_dp2_loaded.txt")
+        ranks = ENGINES["vllm"].parse_ranks(page)
+        assert {rank: (s.running, s.waiting, s.num_blocks) for rank, s in ranks.items()} == {
+            0: (8, 0, 200),
+            1: (3, 0, 200),
+        }
+        whole = ENGINES["vllm"].parse(page)
+        assert whole is not None
+        assert (whole.running, whole.kv_capacity_tokens) == (11, 400 * 32)
+
+    def test_a_recorded_engine_with_two_front_ends_has_no_gauges_before_its_first_request(self) -> None:
+        ranks = ENGINES["vllm"].parse_ranks(recorded("metrics_dp2_fresh.txt"))
+        assert {rank: (s.running, s.prompt_tokens, s.num_blocks) for rank, s in ranks.items()} == {
+            0: (None, 0.0, 200),
+            1: (None, 0.0, 200),
+        }
+
+    def test_each_rank_is_told_apart_as_well(self) -> None:
+        ranks = ENGINES["vllm"].parse_ranks(self.PAGE.encode())
+        assert ranks == {
+            0: Sample(running=3, kv_usage=0.2, block_size=16, num_blocks=110),
+            1: Sample(running=5, kv_usage=0.6, block_size=16, num_blocks=110),
+        }
+
+    def test_a_page_without_numbers_of_ranks_has_none(self) -> None:
+        assert ENGINES["vllm"].parse_ranks(b"vllm:num_requests_running 3.0") == {}
 
     def test_an_unreadable_rank_makes_the_sum_unknown_and_leaves_other_fields(self) -> None:
         parsed = sample(self.PAGE.replace("} 5.0", "} NaN"))
@@ -166,22 +186,3 @@ class TestOddPages:
         parsed = parse_vllm(page)
         if parsed is not None and parsed.kv_usage is not None:
             assert 0.0 <= parsed.kv_usage <= 1.0
-
-
-class TestListedModels:
-    def test_adapters_are_listed_beside_their_base(self) -> None:
-        page = (
-            b'{"object":"list","data":[{"id":"tiny","parent":null},{"id":"adapter-a","parent":"tiny"},{"id":"tiny"}]}'
-        )
-        assert listed_models(page) == ("tiny", "adapter-a")
-
-    @pytest.mark.parametrize("page", [b"", b"[]", b"{}", b'{"data":{}}', b"\xff", b"<html>", b"[" * 5000])
-    def test_what_is_no_list_of_models_says_nothing(self, page: bytes) -> None:
-        assert listed_models(page) is None
-
-    def test_entries_without_a_name_are_passed_over(self) -> None:
-        assert listed_models(b'{"data":[{"id":3},{},7,null,{"id":""},{"id":"m"}]}') == ("m",)
-
-    @given(st.binary(max_size=200))
-    def test_no_bytes_make_it_raise(self, page: bytes) -> None:
-        assert listed_models(page) is None

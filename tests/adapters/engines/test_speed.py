@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from extproc.adapters.engines import parse_vllm
-from tests.adapters.test_engines import RECORDED, recorded
+from extproc.adapters.engines import CHOICES, detect, parse_vllm
+from tests.adapters.engines.pages import RECORDED, recorded
 
 
 def best_ms(call: Callable[[], object], repeats: int) -> float:
@@ -27,7 +27,8 @@ def test_a_page_costs_a_small_part_of_what_a_full_parse_does(name: str) -> None:
     page = recorded(name)
     ours = best_ms(lambda: parse_vllm(page), 200)
     full = best_ms(lambda: list(text_string_to_metric_families(page.decode())), 5)
-    print(f"{name}: {len(page)} bytes, {ours:.3f} ms, prometheus_client {full:.2f} ms")
+    found = best_ms(lambda: detect(page, CHOICES["auto"]), 200)
+    print(f"{name}: {len(page)} bytes, {ours:.3f} ms, found out {found:.3f} ms, prometheus_client {full:.2f} ms")
     assert ours < 0.3
     assert ours < full / 20
 
