@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 
 class Copy:
@@ -31,6 +31,18 @@ Key: TypeAlias = int | Copy
 """A block with a hash: the hash itself, for the first with that content."""
 
 
+class Stored(NamedTuple):
+    """Blocks that others may share from now on, one after the other in a chain."""
+
+    hashes: tuple[int, ...]
+    parent: int | None
+    """The block before the first; None where that begins a prompt."""
+
+
+Note: TypeAlias = Stored | int
+"""What the pool did, as an engine tells it: blocks stored, copies among them, or the hash of one evicted."""
+
+
 class BlockPool:
     """`num_blocks` blocks.
 
@@ -39,7 +51,7 @@ class BlockPool:
     takes its own place and is evicted in its own turn; hits go to the oldest.
     """
 
-    __slots__ = ("_copies", "blank", "held", "idle", "num_blocks")
+    __slots__ = ("_copies", "blank", "held", "idle", "journal", "num_blocks")
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
@@ -48,6 +60,8 @@ class BlockPool:
         """Block -> users."""
         self.idle: OrderedDict[Key, None] = OrderedDict()
         """Oldest first."""
+        self.journal: list[Note] | None = None
+        """What is stored and evicted, for whoever wants to know; None for nobody."""
         self._copies: dict[int, list[Copy]] = {}
         """By hash, oldest first; mostly none."""
 
@@ -111,6 +125,8 @@ class BlockPool:
             key, _ = evict(last=False)
             if isinstance(key, Copy):
                 self._forget(key)
+            if self.journal is not None:
+                self.journal.append(key.hash if isinstance(key, Copy) else key)
 
     def _forget(self, copy: Copy) -> None:
         others = self._copies[copy.hash]

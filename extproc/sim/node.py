@@ -6,10 +6,12 @@ up to date when someone looks at it or sends to it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from extproc.core.types import Replica, Sample
+from extproc.sim.blocks import Note
 from extproc.sim.engine import Engine, EngineConfig, EngineRequest, Refusal, RequestId, Step, Token
 from extproc.sim.timeline import Timeline
 
@@ -21,6 +23,8 @@ class NodeSpec:
     replica: Replica
     """As discovery names it."""
     engine: EngineConfig
+    adapters: tuple[str, ...] = ()
+    """LoRA adapters that it serves as models of their own."""
 
 
 class Listener(Protocol):
@@ -47,8 +51,16 @@ class Totals:
 class Node:
     """One replica."""
 
-    def __init__(self, spec: NodeSpec, timeline: Timeline, listener: Listener) -> None:
+    def __init__(
+        self,
+        spec: NodeSpec,
+        timeline: Timeline,
+        listener: Listener,
+        told: Callable[[str, list[Note]], None] | None = None,
+    ) -> None:
+        """`told` gets its address and what happened in its prefix cache, when a step that matters ends; None where nobody asks."""
         self.spec = spec
+        self._told = told
         self.up = True
         """Something listens there."""
         self.hung = False
@@ -93,6 +105,11 @@ class Node:
         return self._past.busy_s + (self._timeline.now - self._awake_since if under_way else 0.0)
 
     @property
+    def adapter_loads(self) -> int:
+        """LoRA adapters loaded by the process that is there, or was last."""
+        return 0 if self._engine.adapters is None else self._engine.adapters.loads
+
+    @property
     def requests(self) -> int:
         """Requests there, running or waiting."""
         return len(self._here)
@@ -104,7 +121,7 @@ class Node:
 
     def _begin(self) -> None:
         """A fresh process."""
-        self._engine = Engine(self._config())
+        self._engine = Engine(self._config(), journal=self._told is not None)
         self._step: Step | None = None
         self._started = 0.0
         """When the step under way began."""
@@ -114,6 +131,7 @@ class Node:
         """Steps from the one under way on that may be skipped."""
         self._generation += 1
         self._gauges = (0, 0, 0.0)
+        self._adapters = self._engine.adapters_told
 
     def _config(self) -> EngineConfig:
         config = self.spec.engine
@@ -130,6 +148,11 @@ class Node:
         if self._step is None and not self.hung:
             self._next()
         return None
+
+    def cached_tokens(self, hashes: Sequence[int], prompt_tokens: int) -> int:
+        """Of a prompt with these blocks, what is cached there now."""
+        self._sync()
+        return self._engine.cached_tokens(hashes, prompt_tokens)
 
     def emitted(self, request: int) -> int:
         """Output tokens of a request so far."""
@@ -193,6 +216,7 @@ class Node:
             prefix_queries=float(counters.prefix_queries),
             prefix_hits=float(counters.prefix_hits),
             preemptions=float(counters.preemptions),
+            adapters=self._adapters,
         )
 
     def note_load(self) -> None:
@@ -229,6 +253,8 @@ class Node:
             self._quiet = 0
         edges = self._engine.finish_step(step).edges
         self._look()
+        if self._told is not None and (notes := self._engine.notes()):
+            self._told(self.address, notes)
         self._next()
         for token in edges:
             if token.finished:
@@ -256,6 +282,7 @@ class Node:
     def _look(self) -> None:
         engine = self._engine
         self._gauges = (engine.running, engine.waiting, engine.kv_usage)
+        self._adapters = engine.adapters_told
 
 
 def _number(request: RequestId) -> int:
