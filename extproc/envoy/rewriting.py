@@ -1,0 +1,47 @@
+"""What is changed in a request's body on its way: the model's name, usage asked for, a tenant's salt. All in one pass, the rest as it came."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from extproc.core.record import record
+from extproc.envoy.exchange import Data
+from extproc.openai import body as bodies
+from extproc.openai.body import Change, Span
+
+
+class NotFoundInBody(Exception):  # noqa: N818, it names what happened
+    """The model's name is not where it was read."""
+
+
+@record
+class Rewriting:
+    """A body that may be changed. Places are looked for where they are needed."""
+
+    body: Data
+    model: str | None
+    """As the client names it."""
+    usage: Callable[[], Change | None]
+    """How to ask for usage; None where there is nothing to change."""
+    span: Callable[[], Span | None]
+    """Where the model's name stands."""
+    salt: str | None
+    """The tenant's, where engines are to keep their caches apart."""
+
+    def asking(self) -> list[Change]:
+        """Have the engine tell usage; empty where nothing is to be changed."""
+        change = self.usage()
+        return [] if change is None else [change]
+
+    def renaming(self, model: str | None) -> list[Change]:
+        """Have the body name the model so. Raises NotFoundInBody."""
+        if model is None or model == self.model:
+            return []
+        span = self.span()
+        if span is None:
+            raise NotFoundInBody(f"no key model in a body of {len(self.body)} bytes")
+        return [bodies.rename(span, model)]
+
+    def salting(self) -> list[Change]:
+        """Put the tenant's salt into the body."""
+        return [] if self.salt is None else [bodies.salt(self.body, self.salt)]
