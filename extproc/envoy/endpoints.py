@@ -109,9 +109,9 @@ class _PoolFile:
         if hosts == self.hosts:
             return False
         try:
-            _replace(self.path, _text(self.pool, hosts, self.version + 1))
+            replace_file(self.path, _text(self.pool, hosts, self.version + 1))
         except OSError as e:
-            raise EndpointsError(_remedy(self.path, e)) from e
+            raise EndpointsError(remedy(self.path, e)) from e
         self.version += 1
         self.hosts = hosts
         return True
@@ -180,7 +180,7 @@ def _stored(path: Path) -> tuple[int, list[Host] | None]:
     return version, hosts
 
 
-def _replace(path: Path, text: bytes) -> None:
+def replace_file(path: Path, text: bytes) -> None:
     """Atomic: a reader sees the old file or the new one, and after a crash of the machine one of the two is there whole."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)
@@ -197,7 +197,8 @@ def _replace(path: Path, text: bytes) -> None:
         raise
 
 
-def _remedy(path: Path, error: OSError) -> str:
+def remedy(path: Path, error: OSError) -> str:
+    """Why a file beside `envoy.endpoints_file` cannot be written, and what to do."""
     if not path.parent.is_dir():
         return f"envoy.endpoints_file: directory {path.parent} does not exist; create it, or name another path"
     if isinstance(error, PermissionError):

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from extproc.config import load
-from extproc.envoy import bootstrap, endpoints
+from extproc.envoy import bootstrap, credentials, endpoints
 
 CONFIGS = Path(__file__).parent / "configs"
 GOLDEN = Path(__file__).parents[2] / "envoy"
@@ -44,7 +44,9 @@ def test_envoy_takes_the_bootstrap(name: str, tmp_path: Path) -> None:
     config = load(CONFIGS / f"{name}.yaml")
     real, moved = config.envoy.endpoints_file, tmp_path / "endpoints.json"
     envoy = config.envoy.model_copy(update={"endpoints_file": moved})
-    endpoints.create_if_missing(config.model_copy(update={"envoy": envoy}))
+    moved_config = config.model_copy(update={"envoy": envoy})
+    endpoints.create_if_missing(moved_config)
+    credentials.write(moved_config)
     recorded = (GOLDEN / f"{name}.yaml").read_text()
     assert str(real.parent) in recorded
     (tmp_path / "envoy.yaml").write_text(recorded.replace(str(real.parent), str(tmp_path)))

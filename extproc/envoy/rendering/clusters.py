@@ -63,7 +63,7 @@ def _service(name: str, grpc_listener: str, http2: core.Http2ProtocolOptions) ->
         typed_extension_protocol_options=_protocol(
             upstream.HttpProtocolOptionsExplicitHttpConfig(http2_protocol_options=http2)
         ),
-        circuit_breakers=_breakers(),
+        circuit_breakers=breakers(),
     )
 
 
@@ -81,14 +81,18 @@ def pool(name: str, config: Config, baseline: str | None) -> cluster.Cluster:
             upstream.HttpProtocolOptionsExplicitHttpConfig(http_protocol_options=core.Http1ProtocolOptions()),
             core.HttpProtocolOptions(idle_timeout=seconds(REUSE_S)),
         ),
-        circuit_breakers=_breakers(),
+        circuit_breakers=breakers(),
         common_lb_config=_panic_below(1.0),
         # A member that left the file is gone, even if its last health was good; its open streams run on.
         ignore_health_on_host_removal=True,
-        upstream_connection_options=cluster.UpstreamConnectionOptions(
-            # A host that lost power says nothing. Long silence is normal while a prefill waits, so the kernel has to ask.
-            tcp_keepalive=core.TcpKeepalive(keepalive_time=30, keepalive_interval=10, keepalive_probes=3)
-        ),
+        upstream_connection_options=keepalive(),
+    )
+
+
+def keepalive() -> cluster.UpstreamConnectionOptions:
+    """A host that lost power says nothing. Long silence is normal while a prefill waits, so the kernel has to ask."""
+    return cluster.UpstreamConnectionOptions(
+        tcp_keepalive=core.TcpKeepalive(keepalive_time=30, keepalive_interval=10, keepalive_probes=3)
     )
 
 
@@ -146,7 +150,8 @@ def _key(key: str) -> metadata.MetadataKey:
     return metadata.MetadataKey(key=names.LB_NAMESPACE, path=[metadata.MetadataKeyPathSegment(key=key)])
 
 
-def _breakers() -> cluster.CircuitBreakers:
+def breakers() -> cluster.CircuitBreakers:
+    """As good as none: see MANY."""
     # max_retries counts every retried request until it ends; its default of 3 would stop retries after three long streams.
     limits = cluster.CircuitBreakersThresholds(
         max_connections=MANY, max_pending_requests=MANY, max_requests=MANY, max_retries=MANY

@@ -45,6 +45,21 @@ TENANT_HEADERS = (
 """The same where there are tenants, and what their refusals have on top. As patterns, for Envoy 1.40 refuses a rule above RE2's program
 size of 100, and the names above take most of that."""
 
+RANKED_HEADERS = (
+    names.POOL_HEADER,
+    "x-envoy-upstream-rq-p[a-z-]*",
+    "x-vllm-p[a-z]*",
+    "x-data-p[a-z-]*",
+    "content-[lt][a-z]*",
+    "retry-a[a-z]*",
+)
+"""The same where replicas have data parallel ranks; with tenants the last two of theirs come in addition."""
+
+APART_HEADER = "x-pref[a-z-]*"
+"""In place of that of ranks where prefill and decode are apart."""
+EITHER_HEADER = "x-[dp][a-z-]*"
+"""Where one pool has ranks, and another has them apart: both by their names would be too long."""
+
 
 def filters(config: Config) -> list[hcm.HttpFilter]:
     """All of them, first to last as a request meets them."""
@@ -60,9 +75,14 @@ def route() -> hcm.HttpFilter:
     return http_filter("envoy.filters.http.router", router.Router())
 
 
-def drop_control_headers() -> core.TypedExtensionConfig:
+def drop_control_headers(config: Config) -> core.TypedExtensionConfig:
     """Before the route is chosen; a filter would come after, and a client could choose its pool by header."""
-    removals = [mutation.HeaderMutation(remove=name) for name in names.CONTROL_HEADERS]
+    ours = list(names.CONTROL_HEADERS)
+    if _ranked(config):
+        ours.append(names.RANK_HEADER)
+    if _apart(config):
+        ours.append(names.PREFILLER_HEADER)
+    removals = [mutation.HeaderMutation(remove=name) for name in ours]
     return extension("envoy.http.early_header_mutation.header_mutation", early.HeaderMutation(mutations=removals))
 
 
@@ -75,20 +95,19 @@ def headers_for_us(config: Config) -> list[str]:
 
 def _ext_proc(config: Config) -> ext_proc.ExternalProcessor:
     envoy = config.envoy
-    several = len(config.pools) > 1
     cache = ext_proc.ExternalProcessorRouteCacheAction
     return ext_proc.ExternalProcessor(
         grpc_service=to_extproc(),
-        failure_mode_allow=envoy.fail_open,
+        failure_mode_allow=config.fails_open,
         # Not 500: it is this service that is missing, and coming again helps. A timeout stays 504 all the same.
         status_on_error=types.HttpStatus(code=types.StatusCode.ServiceUnavailable),
         message_timeout=seconds(envoy.message_timeout_s),
         # For held requests extproc asks for more time; the ordinary timeout stays short, to notice a hang.
         max_message_timeout=seconds(max(config.hold_limit_s, envoy.message_timeout_s)),
         processing_mode=_request_only(),
-        # With several pools the answer names one in a header and asks for the route to be chosen again (clear_route_cache).
-        route_cache_action=cache.DEFAULT if several else cache.RETAIN,
-        mutation_rules=_may_set(TENANT_HEADERS if config.tenants else SETTABLE_HEADERS),
+        # With several pools, or a provider, the answer names one in a header and asks for the route to be chosen again (clear_route_cache).
+        route_cache_action=cache.DEFAULT if config.names_cluster else cache.RETAIN,
+        mutation_rules=_may_set(_settable(config)),
         forward_rules=ext_proc.HeaderForwardingRules(disallowed_headers=exactly(_withheld(config))),
         metadata_options=ext_proc.MetadataOptions(
             forwarding_namespaces=_namespaces(names.SUBSET_NAMESPACE, *_of_claims(config)),
@@ -108,6 +127,23 @@ def _request_only() -> ext_proc.ProcessingMode:
         response_body_mode=body.NONE,
         response_trailer_mode=headers.SKIP,
     )
+
+
+def _ranked(config: Config) -> bool:
+    return any(pool.data_parallel > 1 for pool in config.pools)
+
+
+def _apart(config: Config) -> bool:
+    return any(pool.disaggregation is not None for pool in config.pools)
+
+
+def _settable(config: Config) -> tuple[str, ...]:
+    ranked, apart = _ranked(config), _apart(config)
+    if ranked or apart:
+        engines = EITHER_HEADER if ranked and apart else APART_HEADER if apart else RANKED_HEADERS[3]
+        ours = (*RANKED_HEADERS[:3], engines, *RANKED_HEADERS[4:])
+        return (*ours, *TENANT_HEADERS[-2:]) if config.tenants else ours
+    return TENANT_HEADERS if config.tenants else SETTABLE_HEADERS
 
 
 def _may_set(headers: tuple[str, ...]) -> mutation.HeaderMutationRules:

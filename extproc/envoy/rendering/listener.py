@@ -46,10 +46,11 @@ def _manager(config: Config, baseline: bool) -> hcm.HttpConnectionManager:
         codec_type=hcm.HttpConnectionManagerCodecType.AUTO,
         route_config=routes.table(config, baseline),
         http_filters=[filters.route()] if baseline else filters.filters(config),
-        access_log=[] if baseline else logs.loggers(envoy),
+        access_log=[] if baseline else logs.loggers(config),
         access_log_options=None if baseline else _progress(envoy),
         local_reply_config=None if baseline else replies.local(config),
-        early_header_mutation_extensions=[filters.drop_control_headers()],
+        scheme_header_transformation=_scheme(config),
+        early_header_mutation_extensions=[filters.drop_control_headers(config)],
         # The peer is the client: x-envoy-* headers, which could set retries and timeouts, are removed from its requests.
         use_remote_address=True,
         generate_request_id=True,
@@ -64,6 +65,13 @@ def _manager(config: Config, baseline: bool) -> hcm.HttpConnectionManager:
         stream_idle_timeout=seconds(envoy.stream_idle_timeout_s),
         upgrade_configs=[hcm.HttpConnectionManagerUpgradeConfig(upgrade_type="websocket", enabled=False)],
     )
+
+
+def _scheme(config: Config) -> core.SchemeHeaderTransformation | None:
+    """`:scheme` says how a client came, and a provider that speaks HTTP/2 over TLS may refuse a request for http (RFC 9113, 8.3.1)."""
+    if not any(provider.tls for provider in config.providers):
+        return None
+    return core.SchemeHeaderTransformation(match_upstream=True)
 
 
 def _progress(envoy: EnvoyConfig) -> hcm.HttpConnectionManagerHcmAccessLogOptions | None:

@@ -11,7 +11,7 @@ import envoy_data_plane.envoy.extensions.access_loggers.grpc.v3 as grpc
 import envoy_data_plane.envoy.type.tracing.v3 as tracing
 from envoy_data_plane.google import protobuf
 
-from extproc.config import EnvoyConfig
+from extproc.config import Config, EnvoyConfig
 from extproc.envoy import names
 from extproc.envoy.rendering.messages import seconds, to_extproc
 
@@ -22,6 +22,9 @@ REPLICA_TTFT = "%COMMON_DURATION(US_TX_BEG:US_RX_BODY_BEG:us)%"
 
 BATCH_BYTES = 16 * 1024
 """About thirty entries. The price in Python is by message, not by byte, and `log_flush_interval_s` bounds the delay."""
+AT_ONCE_BYTES = 1
+"""Each entry is sent by itself, where tenants may have so many requests in flight: a client that sends one after the other would be refused
+for those whose end is not told yet."""
 
 LINE = {
     "time": "%START_TIME%",
@@ -50,18 +53,19 @@ LINE = {
 """One line of the file. The path is without its query, and the only header is the request id: neither keys nor prompts get here."""
 
 
-def loggers(envoy: EnvoyConfig) -> list[accesslog.AccessLog]:
+def loggers(config: Config) -> list[accesslog.AccessLog]:
     """To extproc always, to a file where one is named."""
-    return [_to_extproc(envoy), *([_to_file(envoy.access_log)] if envoy.access_log else [])]
+    envoy, at_once = config.envoy, config.tenants is not None and config.tenants.limits_in_flight
+    return [_to_extproc(envoy, at_once), *([_to_file(envoy.access_log)] if envoy.access_log else [])]
 
 
-def _to_extproc(envoy: EnvoyConfig) -> accesslog.AccessLog:
+def _to_extproc(envoy: EnvoyConfig, at_once: bool) -> accesslog.AccessLog:
     common = grpc.CommonGrpcAccessLogConfig(
         log_name=names.LOG_NAME,
         transport_api_version=core.ApiVersion.V3,
         grpc_service=to_extproc(names.LOG_CLUSTER),
         buffer_flush_interval=seconds(envoy.log_flush_interval_s),
-        buffer_size_bytes=BATCH_BYTES,
+        buffer_size_bytes=AT_ONCE_BYTES if at_once else BATCH_BYTES,
         custom_tags=[
             tracing.CustomTag(tag=names.TTFT_TAG, value=TTFT),
             tracing.CustomTag(tag=names.REPLICA_TTFT_TAG, value=REPLICA_TTFT),

@@ -18,6 +18,9 @@ from extproc.openai import errors
 
 Op = accesslog.ComparisonFilterOp
 
+NO_KEY_DETAILS = "failed_to_inject_credential"
+"""Envoy's response code details where its credential injector has nothing to put in."""
+
 Error = dict[str, Any]
 """What stands under `error`."""
 
@@ -41,6 +44,13 @@ def _errors(config: Config) -> dict[int, Error]:
     }
 
 
+def _without_key() -> hcm.ResponseMapper:
+    """A provider's key is not there (yet): Envoy says 401, which the client would take for its own key."""
+    mapper = _mapper(503, _of(errors.of_refusal(Reject(Refusal.ABSENT))), Op.EQ, waits=True)
+    mapper.filter, mapper.status_code = _details_are(NO_KEY_DETAILS), 503
+    return mapper
+
+
 def _of(answer: errors.HttpError) -> Error:
     error: Error = json.loads(answer.body)["error"]
     return error
@@ -51,16 +61,20 @@ def local(config: Config) -> hcm.LocalReplyConfig:
 
     There is no `body_format` of the whole: it would apply to that one as well.
     """
-    mappers = [_mapper(status, error, Op.EQ) for status, error in _errors(config).items()]
+    # A replica that is silent for so long may be so for the next one, too; a provider has others to serve it.
+    waits = (503, 504) if config.providers else (503,)
+    mappers = [_mapper(status, error, Op.EQ, status in waits) for status, error in _errors(config).items()]
     others = _mapper(400, OTHER, Op.GE)
-    return hcm.LocalReplyConfig(mappers=[hcm.ResponseMapper(filter=_is_extprocs()), *mappers, others])
+    keyless = [_without_key()] if any(provider.api_key_file for provider in config.providers) else []
+    return hcm.LocalReplyConfig(mappers=[hcm.ResponseMapper(filter=_is_extprocs()), *keyless, *mappers, others])
 
 
-def _mapper(status: int, error: Error, op: Op) -> hcm.ResponseMapper:
+def _mapper(status: int, error: Error, op: Op, waits: bool = False) -> hcm.ResponseMapper:
+    """`waits`: the client is told to come again."""
     return hcm.ResponseMapper(
         filter=_status_is(op, status),
         body_format_override=_body(error),
-        headers_to_add=[_retry_after()] if status == 503 else [],
+        headers_to_add=[_retry_after()] if waits else [],
     )
 
 
@@ -84,7 +98,11 @@ def _status_is(op: Op, status: int) -> accesslog.AccessLogFilter:
 
 def _is_extprocs() -> accesslog.AccessLogFilter:
     """Immediate responses of ext_proc are local replies to Envoy; no response flag tells them apart, only their details."""
-    config = cel.ExpressionFilter(expression=f'response.code_details == "{names.REFUSED_DETAILS}"')
+    return _details_are(names.REFUSED_DETAILS)
+
+
+def _details_are(details: str) -> accesslog.AccessLogFilter:
+    config = cel.ExpressionFilter(expression=f'response.code_details == "{details}"')
     extension = accesslog.ExtensionFilter(
         name="envoy.access_loggers.extension_filters.cel", typed_config=protobuf.Any.pack(config)
     )

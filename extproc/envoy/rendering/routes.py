@@ -11,6 +11,7 @@ from envoy_data_plane.google import protobuf
 
 from extproc.config import Config, EnvoyConfig
 from extproc.envoy import names
+from extproc.envoy.rendering import providers
 from extproc.envoy.rendering.filters import EXT_PROC, headers_for_us
 from extproc.envoy.rendering.messages import seconds
 
@@ -22,8 +23,8 @@ RETRY_ON = ("connect-failure", "refused-stream", "retriable-status-codes")
 
 
 def table(config: Config, baseline: bool) -> route.RouteConfiguration:
-    """Paths without extproc first, then the pool that it names, then the first pool: for baseline, fail-open and unread paths."""
-    routes = [] if baseline else [*_past_extproc(config), *_by_pool(config)]
+    """Paths without extproc first, then the pool or provider that it names, then the first pool: for baseline, fail-open and unread paths."""
+    routes = [] if baseline else [*_past_extproc(config), *_by_pool(config), *providers.routes(config)]
     first = _action(config.pools[0].name)
     routes.append(route.Route(name="default", match=route.RouteMatch(prefix="/"), route=first))
     host = route.VirtualHost(
@@ -60,7 +61,7 @@ def _past_extproc(config: Config) -> list[route.Route]:
 
 
 def _by_pool(config: Config) -> list[route.Route]:
-    if len(config.pools) == 1:
+    if not config.names_cluster:
         return []
     return [
         route.Route(

@@ -12,7 +12,7 @@ import envoy_data_plane.envoy.extensions.resource_monitors.downstream_connection
 from envoy_data_plane.google import protobuf
 
 from extproc.config import Config
-from extproc.envoy.rendering import clusters, listener
+from extproc.envoy.rendering import clusters, listener, providers
 from extproc.envoy.rendering.messages import address
 
 MAX_CONNECTIONS = 50_000
@@ -22,12 +22,13 @@ MAX_CONNECTIONS = 50_000
 def rendered(config: Config, baseline: str | None) -> dict[str, Any]:
     """The bootstrap in the names of Envoy's documentation (snake case), ready for JSON or YAML."""
     pools = [clusters.pool(p.name, config, baseline) for p in config.pools]
+    elsewhere = [] if baseline else providers.of(config)
     extproc = [] if baseline else [clusters.extproc(config.listen.grpc), clusters.extproc_log(config.listen.grpc)]
     whole = bootstrap.Bootstrap(
         node=core.Node(id="extproc", cluster="extproc"),
         admin=bootstrap.Admin(address=address(config.envoy.admin)) if config.envoy.admin else None,
         static_resources=bootstrap.BootstrapStaticResources(
-            listeners=[listener.rendered(config, baseline is not None)], clusters=[*pools, *extproc]
+            listeners=[listener.rendered(config, baseline is not None)], clusters=[*pools, *elsewhere, *extproc]
         ),
         overload_manager=overload.OverloadManager(resource_monitors=[_connections()]),
     )
