@@ -1,4 +1,4 @@
-"""A request body as bytes: its object, and the one change that is made to it.
+"""A request body as bytes: its object, and the few changes that are made to it.
 
 Every other byte stays as the client wrote it: to write the body anew would turn large integers into floats and drop
 doubled keys.
@@ -10,6 +10,8 @@ import json
 import re
 import sys
 from collections import deque
+from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import orjson
@@ -19,6 +21,13 @@ from extproc.openai.errors import BadRequest
 from extproc.openai.fields import Invalid, invalid, missing
 
 _STREAM_OPTIONS = re.compile(rb'"stream_options"\s*:\s*(null|\{[^{}]*\})')
+_STRING = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
+_MODEL = re.compile(rb'"model"\s*:\s*(' + _STRING + rb")", re.DOTALL)
+"""A key `model` whose value is a string, at any depth. In a string its quotes would be escaped."""
+_SPELLED = b"\\u006"
+"""How every letter of `model` begins where it is escaped."""
+_TOKEN = re.compile(rb"(" + _STRING + rb")(\s*:)?|[\[\]{}]", re.DOTALL)
+"""What matters for depth: brackets, and strings, in which brackets do not count. One that a colon follows is a key."""
 
 
 MAX_DEPTH = 128
@@ -38,8 +47,23 @@ class Change:
 
     def apply(self, body: bytes | memoryview) -> bytes:
         """The body with the change; one copy."""
-        view = memoryview(body)
-        return b"".join((view[: self.start], self.replacement, view[self.end :]))
+        return applied(body, (self,))
+
+
+Span = tuple[int, int]
+"""First byte, and the first after the last."""
+
+
+def applied(body: bytes | memoryview, changes: Sequence[Change]) -> bytes:
+    """The body with all of them, each in terms of the body as it was; one copy. They must not overlap; those that put something in at
+    the same place stand there in their order.
+    """
+    view, at = memoryview(body), 0
+    pieces: list[bytes | memoryview] = []
+    for change in sorted(changes, key=lambda each: each.start):
+        pieces += (view[at : change.start], change.replacement)
+        at = change.end
+    return b"".join((*pieces, view[at:]))
 
 
 def load(body: bytes, max_depth: int = MAX_DEPTH) -> dict[str, Any]:
@@ -94,11 +118,41 @@ def add_usage(body: bytes) -> Change:
     return Change(end, end, b',"stream_options":{"include_usage":true}')
 
 
-def salted(body: bytes | memoryview, salt: str) -> bytes:
-    """The body with `cache_salt`. Where it has that key already there are two, and readers of JSON take the last, vLLM's too."""
-    data = bytes(body)
-    end = data.rindex(b"}")
-    return b"".join((data[:end], b',"cache_salt":"', salt.encode("ascii"), b'"', data[end:]))
+def salt(body: bytes | memoryview, value: str) -> Change:
+    """Give it `cache_salt`. Where it has that key already there are two, and readers of JSON take the last, vLLM's too."""
+    end = bytes(body).rindex(b"}")
+    return Change(end, end, b',"cache_salt":"' + value.encode("ascii") + b'"')
+
+
+def rename(span: Span, model: str) -> Change:
+    """Put this name in the place of the model's; `span` by `model_span`."""
+    return Change(*span, json.dumps(model).encode())
+
+
+def model_span(body: bytes) -> Span | None:
+    """Where the value of the top-level `model` stands, of doubled keys the last, in a body that was read and names its model.
+
+    Nearly always there is one key of that name in all of the body, and it is the one: to look for it costs less than to read the body. A
+    tool's schema may have another, or the key may be escaped; then depth is counted, string by string, at five times the cost of
+    reading. None is for bodies that do not read as they should.
+    """
+    found = [] if _SPELLED in body else list(islice(_MODEL.finditer(body), 2))
+    return found[0].span(1) if len(found) == 1 else _top_level(body, "model")
+
+
+def _top_level(body: bytes, key: str) -> Span | None:
+    """The last string value of a key of the outermost object."""
+    depth, wanted, span = 0, False, None
+    for token in _TOKEN.finditer(body):
+        text = token[1]
+        if text is None:
+            depth += 1 if token[0] in b"[{" else -1
+            wanted = False
+        elif token[2] is not None:
+            wanted = depth == 1 and json.loads(text, strict=False) == key
+        elif wanted:
+            span, wanted = token.span(1), False
+    return span
 
 
 def change_usage(body: bytes) -> Change | None:

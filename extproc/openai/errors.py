@@ -37,6 +37,9 @@ class BadRequest:
     status: int = 400
 
 
+NAME_NOT_FOUND = BadRequest("The model's name could not be replaced in the body", "Bad Request", "model")
+
+
 @record
 class HttpError:
     """A complete response, ready to be sent instead of routing."""
@@ -72,8 +75,19 @@ def _unknown_model(reject: Reject) -> str:
     return f"{missing} Valid aliases: {names}{f' and {more} more' if more > 0 else ''}."
 
 
+def _no_access(reject: Reject) -> str:
+    """Whether it does not exist, or not for this client, is not told."""
+    missing = f"The model `{printable(reject.model or '')}` does not exist or you do not have access to it."
+    names = ", ".join(printable(name) for name in reject.known_models[:MAX_ALIASES])
+    return f"{missing} Available: {names}." if names else missing
+
+
 ANSWERS: Mapping[Refusal, _Answer] = {
     Refusal.UNKNOWN_MODEL: _Answer(404, "NotFoundError", _unknown_model, "model"),
+    Refusal.MODEL_NOT_FOUND: _Answer(404, "NotFoundError", _no_access, "model", "model_not_found"),
+    Refusal.BUDGET: _Answer(
+        429, "insufficient_quota", lambda _: "The budget for this model is used up. Please try again later."
+    ),
     Refusal.NO_REPLICAS: _Answer(
         503, UNAVAILABLE, lambda _: "No replica is available to serve this request. Please try again later."
     ),
@@ -150,6 +164,17 @@ def unauthorized(presented: bool) -> HttpError:
     """The response to a client that is not known, in OpenAI's words; `presented`: it gave a key, which is not repeated."""
     text = "Incorrect API key provided." if presented else "You did not provide an API key."
     return _error(401, text, "invalid_request_error", None, (("www-authenticate", "Bearer"),), "invalid_api_key")
+
+
+def not_renamed() -> HttpError:
+    """The response where a model goes by another name at its replica, and the proxy does not let the body be changed."""
+    text = "The proxy in front does not allow the model's name to be changed in requests."
+    return _error(500, text, "InternalServerError", "model")
+
+
+def internal() -> HttpError:
+    """The response where we failed and the request must not go on all the same."""
+    return _error(500, "The request could not be handled.", "InternalServerError", None)
 
 
 def too_large(limit_bytes: int) -> HttpError:

@@ -57,6 +57,8 @@ class Prompt:
     """Tokens of all prompts, known where the client sent token ids."""
     count: int = 1
     """Prompts in the request; each runs as a sequence of its own."""
+    media: bool = False
+    """Something in it is no text."""
 
 
 def seed(model: str, salt: str | None, tenant: str = "") -> bytes:
@@ -143,7 +145,7 @@ class _Writer:
 
     def prompt(self) -> Prompt:
         canonical = b"".join(self._pieces)
-        return Prompt(canonical, len(canonical))
+        return Prompt(canonical, len(canonical), media=self._media > 0)
 
     def tools(self, tools: list[Any] | None) -> None:
         if tools:

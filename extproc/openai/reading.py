@@ -6,7 +6,7 @@ from enum import Enum
 
 from extproc.core.record import record
 from extproc.openai import requests
-from extproc.openai.body import Change
+from extproc.openai.body import Change, Span
 from extproc.openai.errors import BadRequest
 from extproc.openai.requests import Limits, Parsed
 
@@ -23,6 +23,8 @@ class Task:
     limits: Limits
     wants_usage: bool = False
     """Find out too how to ask for usage."""
+    wants_model: bool = False
+    """Find out too where the model is named."""
 
 
 @record
@@ -32,6 +34,8 @@ class Reading:
     result: Parsed | BadRequest
     usage: Change | None = None
     """How to have the engine tell usage; None where that was not asked for, or nothing is to be changed."""
+    model: Span | None = None
+    """Where the body names its model; None where that was not asked for, or it is not found."""
 
 
 class NotRead(Enum):
@@ -44,6 +48,10 @@ class NotRead(Enum):
 def perform(task: Task, body: bytes) -> Reading:
     """Read it here and now."""
     result = requests.read(task.method, task.path, body, limits=task.limits)
-    if not task.wants_usage or not isinstance(result, Parsed):
+    if not isinstance(result, Parsed):
         return Reading(result)
-    return Reading(result, requests.usage_change(result, body))
+    return Reading(
+        result,
+        requests.usage_change(result, body) if task.wants_usage else None,
+        requests.model_span(result, body) if task.wants_model else None,
+    )

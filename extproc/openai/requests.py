@@ -14,7 +14,7 @@ from extproc.core.record import record
 from extproc.core.types import Api, Request
 from extproc.openai import body as bodies
 from extproc.openai import fields, prompt
-from extproc.openai.body import Change
+from extproc.openai.body import Change, Span
 from extproc.openai.errors import BadRequest
 from extproc.openai.fields import Invalid, invalid, missing
 from extproc.openai.prompt import Prompt
@@ -61,6 +61,8 @@ class Limits:
     """Most blocks of the prompt's chain, which ends there."""
     salt: str = ""
     """Seeds the chain beside what the body says: the tenant, where prompts of two tenants must not match."""
+    named: bool = True
+    """Whether the model's name seeds the chain. Not where there is a catalog: what the engine calls the model is known later (`core/catalog`)."""
 
 
 DEFAULT = Limits()
@@ -102,6 +104,11 @@ def usage_change(parsed: Parsed, body: bytes) -> Change | None:
     return bodies.change_usage(body) if parsed.has_stream_options else bodies.add_usage(body)
 
 
+def model_span(parsed: Parsed, body: bytes) -> Span | None:
+    """Where the body names its model; None where it names none, or where that is not found."""
+    return None if parsed.request.model is None else bodies.model_span(body)
+
+
 def with_usage(parsed: Parsed, body: bytes) -> bytes | None:
     """The body with that change; None where nothing is to be changed."""
     change = usage_change(parsed, body)
@@ -124,7 +131,11 @@ def _read(api: Api, data: dict[str, Any], limits: Limits) -> Parsed:
     request = Request(
         api=api,
         model=model,
-        blocks=chain(prompt.seed(model, _salt(api, data), limits.salt), asked.canonical, limits.max_blocks),
+        blocks=chain(
+            prompt.seed(model if limits.named else "", _salt(api, data), limits.salt),
+            asked.canonical,
+            limits.max_blocks,
+        ),
         prompt_bytes=asked.size,
         prompt_tokens=asked.tokens,
         max_output_tokens=_LIMITS[api](data),
@@ -132,6 +143,8 @@ def _read(api: Api, data: dict[str, Any], limits: Limits) -> Parsed:
         stream=api is not Api.EMBEDDINGS and fields.boolean(data, "stream"),
         session=_session(data),
         priority=-(fields.integer(data, "priority") or 0),  # lower goes first there, higher goes first here
+        tools=bool(data.get("tools") or data.get("functions")),
+        media=asked.media,
     )
     salt = data.get("cache_salt") if limits.salt else None
     return Parsed(request, has_options and _asks_usage(data), has_options, salt if isinstance(salt, str) else None)

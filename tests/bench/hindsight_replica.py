@@ -117,7 +117,9 @@ class Replica:
 
 def _copied(engine: Engine, step: Step | None) -> tuple[Engine, Step | None]:
     """By hand: `copy.deepcopy` takes 18 times as long, most of it for what never changes."""
+    assert engine.adapters is None, "no requests for adapters here"
     twin = object.__new__(Engine)
+    twin.adapters = None
     twin.config = engine.config
     twin.pool = _copied_pool(engine.pool)
     twin.counters = replace(engine.counters)

@@ -57,7 +57,7 @@ def test_retry_after_is_whole_seconds_and_never_zero(seconds: float, header: str
     assert dict(of_refusal(Reject(Refusal.NO_REPLICAS, retry_after_s=seconds)).headers)["retry-after"] == header
 
 
-CODES = ("rate_limit_exceeded", "context_length_exceeded", "invalid_api_key")
+CODES = ("rate_limit_exceeded", "context_length_exceeded", "invalid_api_key", "model_not_found")
 """OpenAI's words, where its clients act on them."""
 
 
