@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo run test test-vllm chaos fuzz soak check format protos golden lock bench-overhead bench-sim bench-overload bench-fleet bench-routing bench-routing-full
+.PHONY: help setup demo run test test-vllm chaos fuzz soak check format protos golden lock bench-overhead bench-sim bench-overload bench-fleet bench-models bench-routing bench-routing-full
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -29,7 +29,7 @@ test: $(READY)  ## unit, transcript, property and end-to-end tests (real Envoy, 
 	$(BIN)/python -m pytest
 
 test-vllm: $(READY)  ## two real vLLM replicas on CPU behind Envoy and extproc; needs VLLM=/path/to/venv MODEL=/path/to/tiny-llama
-	$(BIN)/python -m pytest -m vllm --timeout 900 tests/e2e/test_vllm.py tests/e2e/test_vllm_simulator.py
+	$(BIN)/python -m pytest -m vllm --timeout 900 tests/e2e/test_vllm.py tests/e2e/test_vllm_simulator.py tests/e2e/test_kv_events_vllm.py tests/e2e/test_vllm_precise.py tests/e2e/test_ranks_vllm.py tests/e2e/test_lora_vllm.py
 
 chaos: $(READY)  ## one fault after another under load, through the real Envoy, against targets, under 10 minutes; some with ONLY="extproc restart"
 	$(BIN)/python -m tests.chaos.run $(if $(ONLY),--only "$(ONLY)",--docs docs/chaos.md)
@@ -73,6 +73,9 @@ bench-overload: $(READY)  ## what holding requests gains beyond saturation, unde
 
 bench-fleet: $(READY)  ## several routers that share by Redis: simulator, real processes, faults, limits, scaling; one part with ONLY=processes
 	$(BIN)/python -m tests.bench.fleet $(if $(ONLY),--only $(ONLY)) $(if $(TRACES),--traces $(TRACES))
+
+bench-models: $(READY)  ## exact prefixes, disaggregation, canaries, fallbacks; one part with ONLY=pd, more traces with TRACES=/path
+	$(BIN)/python -m tests.bench.models $(if $(ONLY),--only $(ONLY)) $(if $(TRACES),--traces $(TRACES))
 
 bench-routing: $(READY)  ## routing policies on one matrix of workloads, under 15 minutes on 2 cores; more traces with TRACES=/path
 	$(ROUTING)

@@ -11,6 +11,11 @@ sample      what a replica said of itself when its metrics were last scraped; it
 load        what we put on a replica and have not seen end, from the ledger; it has no age
 flight      one routed request, from the decision to its one end
 ledger      all open flights
+split       a request whose prompt another replica computes than the one that answers; the roles of replicas say who may do what
+leg         the prefill of a split request, in the queue of the replica that computes it
+catalog     the configured models: names, rules, shares, fallbacks
+target      where requests for a model may go, and what the model is called there: a pool, or a provider
+provider    an OpenAI-compatible API elsewhere, paid for by the token; it has no replicas
 policy      the rule that orders the candidates of a pool for one request, best first
 candidate   a replica that may be chosen now: a member, not draining, reachable, allowed by the subset hint
 prediction  what we expect on one replica: cached tokens, seconds to the first token, seconds to the end

@@ -14,9 +14,9 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -28,35 +28,58 @@ from prometheus_client import CollectorRegistry, disable_created_metrics
 from extproc.adapters import discovery
 from extproc.adapters.admin import Admin
 from extproc.adapters.config_watch import ConfigState, ConfigWatch
-from extproc.adapters.engines import ENGINES
+from extproc.adapters.engines import CHOICES, health_paths
 from extproc.adapters.gpu import follow
+from extproc.adapters.gpu_replicas import GpuWatch
 from extproc.adapters.keys import KeyFileError
+from extproc.adapters.kv_events.listening import Listening
 from extproc.adapters.logs import Logs, set_level
 from extproc.adapters.looplag import LoopWatch
 from extproc.adapters.metrics import FleetCollector, RouterMetrics, ServerCollector
+from extproc.adapters.metrics_events import EventCollector, EventMetrics
+from extproc.adapters.metrics_models import ModelCollector, ModelMetrics
 from extproc.adapters.metrics_queue import QueueCollector, QueueMetrics
 from extproc.adapters.metrics_scaling import ScalingCollector
 from extproc.adapters.metrics_service import Life, ServiceCollector
 from extproc.adapters.metrics_shared import SharedCollector
+from extproc.adapters.metrics_tokenizing import TokenizingCollector, TokenizingMetrics
 from extproc.adapters.probing import Checks, Prober
 from extproc.adapters.pulse import Pulse
+from extproc.adapters.ranks import Ranks
 from extproc.adapters.reading import ReadingCollector, ReadingPool
 from extproc.adapters.recorder import Recorder
 from extproc.adapters.scraping import Scraper, Target
+from extproc.adapters.shared.pushing import Changes
 from extproc.adapters.shared.sharing import Sharing
 from extproc.adapters.tasks import Tasks
 from extproc.adapters.tenancy import Tenancy
-from extproc.config import READING_LIMIT_S, Config, PoolConfig, Scaling, Section, Shared
+from extproc.adapters.tokenizing.starting import tokenizing
+from extproc.config import (
+    READING_LIMIT_S,
+    Config,
+    ConfigError,
+    DisaggregationConfig,
+    Gpus,
+    PoolConfig,
+    Scaling,
+    Section,
+    Shared,
+)
 from extproc.core import fleet
 from extproc.core.admission.settings import QueueSettings
 from extproc.core.health.settings import HealthSettings
 from extproc.core.health.states import State
 from extproc.core.observers import Ended, HealthChanged, Quiet, Several
+from extproc.core.pool import Pool
+from extproc.core.ranks import endpoint_of
 from extproc.core.router import Router
 from extproc.core.scaling.settings import ScalingSettings, Thresholds
 from extproc.core.scaling.warm import WarmSettings
-from extproc.core.settings import PoolSettings
+from extproc.core.settings import DisaggregationSettings, LoraSettings, PoolSettings
 from extproc.core.types import (
+    CacheChanged,
+    CacheUnknown,
+    CatalogConfigured,
     Change,
     Configured,
     Decision,
@@ -64,17 +87,22 @@ from extproc.core.types import (
     Fact,
     NotSampled,
     Probed,
+    Replica,
+    Request,
     Reset,
     Sampled,
     ScrapeFailure,
     Stalled,
 )
+from extproc.envoy import credentials
 from extproc.envoy.endpoints import EndpointsFile, Health, Member, Members
 from extproc.envoy.exchange import Head
 from extproc.envoy.intake import Intake
 from extproc.envoy.members_writer import MembersWriter
+from extproc.envoy.models import catalog_settings
 from extproc.envoy.scaler import Scale, Scaler
 from extproc.envoy.server import Server
+from extproc.openai.errors import HttpError
 from extproc.redis_url import parse
 
 log = logging.getLogger(__name__)
@@ -105,9 +133,14 @@ class Waker(Quiet):
         self._tell = tell
 
     def decided(self, decision: Decision) -> None:
-        self._scrape(decision.endpoints[0])
+        if decision.endpoints:
+            self._scrape(decision.endpoints[0])
+        if decision.prefiller is not None:
+            self._scrape(decision.prefiller)
 
     def ended(self, ended: Ended) -> None:
+        if not ended.flight.address:
+            return  # to a provider
         if ended.moved or ended.outcome.broken or ended.outcome.end in (End.UNREACHABLE, End.UPSTREAM_ERROR):
             self._scrape(ended.flight.address)  # passed over until it is heard of again
             self._probe(ended.flight.address)
@@ -138,12 +171,19 @@ class App:
         self.registry = CollectorRegistry()
         self.metrics = RouterMetrics(self.registry)
         self.recorder = Recorder(config.inspect.decisions)
+        changes = Changes()
+        tokenizing_metrics = TokenizingMetrics(self.registry, lambda: self._tokenizing)
+        self._tokenizing = tokenizing(config.pools, tokenizing_metrics.took)
+        self.registry.register(TokenizingCollector(lambda: self._tokenizing))
         self.router = Router(
             [settings(pool) for pool in config.pools],
             rng,
             Several(
                 self.metrics,
+                changes,
                 QueueMetrics(self.registry),
+                ModelMetrics(self.registry),
+                *([tokenizing_metrics] if self._tokenizing else []),
                 self.recorder,
                 Waker(self._scrape_soon, self._probe_soon, self._tell_envoy),
             ),
@@ -151,12 +191,16 @@ class App:
             config.requests.max_flights,
         )
         self.registry.register(QueueCollector(self.router))
+        self.registry.register(ModelCollector(self.router, clock))
         self.registry.register(ScalingCollector(self.router, clock))
         self.registry.register(FleetCollector(self.router, clock))
         targets = {pool.name: _target(pool) for pool in config.pools}
         self._scraper = Scraper(targets, self._learn, rng=rng, busy=self._busy)
         checks = {pool.name: _checks(pool) for pool in config.pools}
         self._prober = Prober(checks, self._learn, rng=rng, doubtful=self._doubtful, idle=self._idle)
+        self._listening = Listening(self._told, rng, EventMetrics(self.registry).lag)
+        self.registry.register(EventCollector(lambda: self._listening.following))
+        self._ranks = Ranks({pool.name: pool.data_parallel for pool in config.pools})
         self._known: set[str] = set()
         """Pools whose members are known; the members file of the others is left alone."""
         self._members_changed = asyncio.Event()
@@ -164,13 +208,14 @@ class App:
         self._tasks = Tasks()
         self._pulse = Pulse(clock, self._stalled)
         self._watch = ConfigWatch(path, config, self._reconfigure) if path else None
-        self._sharing = Sharing(self.router, self._learn, clock, Random(secrets.randbits(64)))
+        self._sharing = Sharing(self.router, self._learn, clock, Random(secrets.randbits(64)), changes)
         self.registry.register(SharedCollector(self._sharing, clock))
         self._stopping = False
         self._web: web.AppRunner | None = None
         self._reader = ReadingPool(config.requests.max_body_bytes, READING_LIMIT_S)
         self._tenancy = _tenancy(config, self.router, clock, self._sharing.name)
         self._intake = Intake(self.router, config, self._tenancy.secret, self._tenancy.keys)
+        self.router.learn(CatalogConfigured(catalog_settings(config, self._intake.hashed)), clock())
         self.registry.register(self._tenancy.collector(self._clients))
         self._scaler = Scaler(self._scale)
         self._server = Server(
@@ -182,6 +227,7 @@ class App:
             self._reader,
             self._leased if self._tenancy.waits else None,
             (self._scaler.service(),),
+            self._tokenizing,
         )
         self.registry.register(ServerCollector(self._server.streams, self._server.entries))
         self.registry.register(
@@ -204,11 +250,14 @@ class App:
     async def start(self) -> None:
         """Begin to serve. Raises StartError when a port is taken, EndpointsError when the members file cannot be written."""
         self._pulse.start()
+        self._listening.configure(self.config.pools, self._replicas)
         for pool in self.config.pools:
             self._discover(pool)
             self._follow_gpus(pool)
+            self._watch_gpus(pool)
         await asyncio.sleep(0)  # static pools tell their members at once
         self._endpoints.write_now(self._members())
+        credentials.write(self.config)
         self._tasks.start("endpoints", self._endpoints.run)
         self._tasks.start("tick", self._tick)
         self._loop_watch.start()
@@ -229,6 +278,8 @@ class App:
         self._scaler.close()
         await self._server.stop(grace_s)
         await self._reader.stop()
+        if self._tokenizing is not None:
+            self._tokenizing.close()
         self._loop_watch.stop()
         if self._web is not None:
             await self._web.cleanup()
@@ -236,6 +287,7 @@ class App:
         await self._tasks.stop()
         await self._prober.stop()
         await self._scraper.stop()
+        await self._listening.stop()
         log.info("stopped: %s", self.router)
 
     async def run(self) -> None:
@@ -265,17 +317,24 @@ class App:
         last.start()
 
     def not_ready(self) -> str | None:
-        """Why requests cannot be routed now; None when each pool has a replica that may be chosen."""
+        """Why requests cannot be routed now; None when each pool, or with `models` any, has a replica that may be chosen."""
         if self._stopping:
             return "stopping"
+        found = [self._not_ready(name, pool) for name, pool in self.router.pools.items()]
+        whys = [why for why in found if why is not None]
+        instead = len(whys) < len(found) or bool(self.config.providers)
+        if self.config.models and instead and all(pool.listed for pool in self.router.pools.values()):
+            return None  # what else there is may serve; a backup that is empty is no reason to be taken out
+        return next(iter(whys), None)
+
+    def _not_ready(self, name: str, pool: Pool) -> str | None:
+        if not len(pool.fleet):
+            if pool.scaling is not None and pool.scaling.settings.from_zero:
+                return None  # requests wait for its first replica
+            return f"pool {name} has no members"
         now = self._clock()
-        for name, pool in self.router.pools.items():
-            if not len(pool.fleet):
-                if pool.scaling is not None and pool.scaling.settings.from_zero:
-                    continue  # requests wait for its first replica
-                return f"pool {name} has no members"
-            if all(m.health.unreachable(now) or m.state(now) is State.STARTING for m in pool.fleet.members):
-                return f"pool {name}: no member has answered a scrape"
+        if all(m.health.unreachable(now) or m.state(now) is State.STARTING for m in pool.fleet.members):
+            return f"pool {name}: no member has answered a scrape"
         return None
 
     # --- facts --------------------------------------------------------------------------------------------------------
@@ -284,7 +343,8 @@ class App:
         now = self._clock()
         if _by_silence(fact) and self._pulse.settling(now):
             return  # it may be our own timer that is late
-        self.router.learn(fact, now)
+        for each in self._ranks.fact(fact):
+            self.router.learn(each, now)
         self._server.holding.poke()
         if isinstance(fact, Sampled):
             self.metrics.scrapes.labels(fact.pool, "ok").inc()
@@ -293,16 +353,22 @@ class App:
         elif isinstance(fact, Probed):
             self.metrics.probes.labels(fact.pool, fact.probe.value, "ok" if fact.ok else "failed").inc()
 
+    def _told(self, fact: CacheChanged | CacheUnknown) -> None:
+        """Of the cache of a replica. What is held waits for room, which this is none of, so nobody is woken."""
+        self.router.learn(fact, self._clock())
+
     def _drained(self, fact: Fact) -> None:
         self._learn(fact)
         log.info("by call: %s", fact)
 
     def _changed(self, change: Change) -> None:
-        self._learn(change)
+        for each in self._ranks.change(change):
+            self._learn(each)
         if isinstance(change, Reset):
             self._known.add(change.pool)
         self._scraper.follow(change)
         self._prober.follow(change)
+        self._listening.follow(change)
         self._members_changed.set()
 
     def _scale(self, pool: str | None) -> Scale | None:
@@ -317,18 +383,19 @@ class App:
         self._members_changed.set()
 
     def _scrape_soon(self, address: str) -> None:
-        self._scraper.wake(address)
+        self._scraper.wake(endpoint_of(address))
 
     def _probe_soon(self, address: str) -> None:
-        self._prober.wake(address)
+        self._prober.wake(endpoint_of(address))
 
     def _at(self, address: str) -> list[fleet.Member]:
-        """The replica, as each pool that has it sees it."""
-        found = (pool.fleet.get(address) for pool in self.router.pools.values())
+        """The replica, as each pool that has it sees it, and each of its ranks."""
+        pools = self.router.pools.items()
+        found = (pool.fleet.get(rank) for name, pool in pools for rank in self._ranks.members(name, address))
         return [member for member in found if member is not None]
 
     def _busy(self, address: str) -> bool:
-        return any(len(member.load) for member in self._at(address))
+        return any(member.load.requests for member in self._at(address))
 
     def _idle(self, address: str) -> bool:
         """Nothing runs there, by our flights and its own word where it gives one. Unknown is not idle."""
@@ -356,6 +423,9 @@ class App:
         if before.shared != config.shared:
             self._share(config.shared)
             self._tenancy.share(self._tasks, config.shared)
+        if (before.models, before.providers) != (config.models, config.providers):
+            self._intake.configure(config)
+            self._learn(CatalogConfigured(catalog_settings(config, self._intake.hashed)))
         for old, new in zip(before.pools, config.pools, strict=True):
             if settings(old) != settings(new):
                 self._learn(Configured(new.name, settings(new)))
@@ -365,6 +435,19 @@ class App:
                 self._discover(new)
             if _gpu_url(old) != _gpu_url(new):
                 self._follow_gpus(new)
+
+        try:
+            self._listening.configure(config.pools, self._replicas)
+        except ConfigError as e:
+            log.error("%s", e)
+
+    def _replicas(self, pool: str) -> list[Replica]:
+        """Members by their addresses, whatever ranks are behind them."""
+        found: dict[str, Replica] = {}
+        for member in self.router.pools[pool].fleet.members:
+            endpoint = endpoint_of(member.address)
+            found[endpoint] = replace(member.replica, address=endpoint)
+        return list(found.values())
 
     def _share(self, shared: Shared | None) -> None:
         """From now on with these settings; what was shared by those before is taken back first."""
@@ -379,12 +462,29 @@ class App:
         """Before the decision on a request, where limits are strict."""
         await self._tenancy.before(self._intake.accounts(head))
 
+    def _asked(
+        self, path: str, headers: Mapping[str, str], body: bytes, tenant: str | None, tier: str | None
+    ) -> Request | HttpError:
+        """For the page that explains: what a request with these headers would ask of the router."""
+        read = {name: value for name, value in headers.items() if name in self._intake.headers}
+        return self._intake.asked(Head("POST", path, headers=read), body, tenant, tier)
+
     def _follow_gpus(self, pool: PoolConfig) -> None:
         """Ask for the use of the pool's GPUs from now on, where it is told of."""
         self._tasks.start(f"GPU use of {pool.name}", partial(follow, pool.name, _gpu_url(pool), self._learn))
 
+    def _watch_gpus(self, pool: PoolConfig) -> None:
+        """Ask for the use of each replica's GPUs from now on, where it is told of."""
+        if pool.gpu is not None:
+            self._tasks.start(f"GPUs of replicas of {pool.name}", partial(self._gpus_of, pool, pool.gpu))
+
+    async def _gpus_of(self, pool: PoolConfig, settings: Gpus) -> None:
+        replicas = partial(self._replicas, pool.name)
+        await GpuWatch(pool.name, settings, replicas, self._learn, whole=_gpu_url(pool) is None).run()
+
     def _discovery_error(self, pool: str) -> Callable[[str], None]:
-        return lambda _: self.metrics.discovery_errors.labels(pool).inc()
+        errors = self.metrics.discovery_errors.labels(pool)  # there from the start: the first one is an increase, too
+        return lambda _: errors.inc()
 
     # --- recurring ----------------------------------------------------------------------------------------------------
 
@@ -410,9 +510,7 @@ class App:
         """
         now = self._clock()
         return {
-            name: [Member(m.address, _health(m.state(now)), m.replica.weight) for m in pool.fleet.members]
-            for name, pool in self.router.pools.items()
-            if name in self._known
+            name: _for_envoy(pool.fleet.members, now) for name, pool in self.router.pools.items() if name in self._known
         }
 
     # --- servers ------------------------------------------------------------------------------------------------------
@@ -426,6 +524,7 @@ class App:
             self.not_ready,
             self.config.requests.max_body_bytes,
             self._drained,
+            self._asked,
         )
         self._web = web.AppRunner(admin.application(), access_log=None, shutdown_timeout=CLOSING_S / 2)
         await self._web.setup()
@@ -457,8 +556,10 @@ async def _shared_by_redis(sharing: Sharing, shared: Shared | None) -> None:
     if shared is None:
         return
     from extproc.adapters.shared.redis_board import RedisBoard  # 40 ms and 5 MB, which only those pay who share
+    from extproc.adapters.shared.redis_channel import RedisChannel
 
-    await sharing.run(shared, f"Redis ({parse(shared.url)})", RedisBoard(shared, sharing.name))
+    channel = RedisChannel(shared, sharing.name) if shared.push else None
+    await sharing.run(shared, f"Redis ({parse(shared.url)})", RedisBoard(shared, sharing.name), channel)
 
 
 def _site(runner: web.AppRunner, listen: str) -> web.BaseSite:
@@ -497,6 +598,20 @@ def settings(pool: PoolConfig) -> PoolSettings:
         health=HealthSettings(**_shared(HealthSettings, pool.health)),
         queue=QueueSettings(**{**_shared(QueueSettings, pool.queue), "absent_wait_s": pool.absent_wait_s}),
         scaling=_scaling(pool.scaling),
+        lora=LoraSettings(pool.lora.load_s, pool.lora.slots),
+        ranks=pool.data_parallel,
+        disaggregation=_disaggregation(pool.disaggregation),
+    )
+
+
+def _disaggregation(section: DisaggregationConfig | None) -> DisaggregationSettings | None:
+    if section is None:
+        return None
+    return DisaggregationSettings(
+        kv_bytes_per_token=section.kv_bytes_per_token,
+        bandwidth_bytes_per_s=section.bandwidth_gbit_per_s * 1e9 / 8,
+        latency_s=section.latency_s,
+        local_prefill=section.local_prefill,
     )
 
 
@@ -513,11 +628,11 @@ def _scaling(section: Scaling | None) -> ScalingSettings | None:
 
 
 def _target(pool: PoolConfig) -> Target:
-    return Target(ENGINES.get(pool.engine), pool.scrape)
+    return Target(CHOICES[pool.engine], pool.scrape, pool.data_parallel)
 
 
 def _checks(pool: PoolConfig) -> Checks:
-    return Checks(pool.health, pool.models)
+    return Checks(pool.health, pool.models, health_paths(CHOICES[pool.engine] or CHOICES["auto"]))
 
 
 def _by_silence(fact: Fact) -> bool:
@@ -530,6 +645,20 @@ def _by_silence(fact: Fact) -> bool:
 def _shared(record: type[Any], section: Section) -> dict[str, Any]:
     """The values of a section that the core's settings name as well."""
     return {field.name: getattr(section, field.name) for field in fields(record)}
+
+
+def _for_envoy(members: Iterable[fleet.Member], now: float) -> list[Member]:
+    """Each address once, as well as the best of the ranks behind it."""
+    found: dict[str, Member] = {}
+    for member in members:
+        endpoint, health = endpoint_of(member.address), _health(member.state(now))
+        known = found.get(endpoint)
+        if known is None or _BEST_FIRST.index(health) < _BEST_FIRST.index(known.health):
+            found[endpoint] = Member(endpoint, health, member.replica.weight)
+    return list(found.values())
+
+
+_BEST_FIRST = (Health.HEALTHY, Health.DRAINING, Health.UNHEALTHY)
 
 
 def _health(state: State) -> Health:

@@ -101,12 +101,13 @@ def check(path: Path) -> None:
 @click.option("--no-validate", is_flag=True, help="Do not run `envoy --mode validate`.")
 def envoy(path: Path, baseline: str | None, output: Path | None, no_validate: bool) -> None:
     """Render a complete Envoy bootstrap and let Envoy validate it."""
-    from extproc.envoy import bootstrap
+    from extproc.envoy import bootstrap, credentials
     from extproc.envoy.endpoints import EndpointsError, create_if_missing
 
     config = load_checked(path)
     try:
         create_if_missing(config)
+        credentials.write(config)
         written = bootstrap.write(config, baseline=baseline, path=output)
         if not no_validate:
             bootstrap.validate(written)
@@ -128,6 +129,7 @@ def envoy(path: Path, baseline: str | None, output: Path | None, no_validate: bo
 @click.option(
     "--time-scale", default=1.0, show_default=True, help="Above 1 the simulated GPU is slower by that factor."
 )
+@click.option("--kv-events", type=int, help="Publish KV events on this port, and replays on the next.")
 def backend(path: Path | None, **options: Any) -> None:
     """Run simulated vLLM replicas: an OpenAI-compatible server with a step-by-step engine behind it, and no GPU."""
     import uvloop
@@ -137,23 +139,26 @@ def backend(path: Path | None, **options: Any) -> None:
 
     try:
         specs = load_specs(path) if path else [BackendSpec.from_options(**options)]
+        uvloop.run(serve(specs))
     except ConfigError as e:
         raise click.ClickException(str(e)) from None
-    uvloop.run(serve(specs))
 
 
 @main.command()
 @click.argument("body", type=click.File("rb"), default="-")
 @click.option("--url", default=_URL, show_default=True, help="extproc's HTTP port.")
+@click.option("--tenant", help="Whose it is, where there are tenants; else it is nobody's.")
+@click.option("--tier", help="With --tenant: as its key or claims would name it.")
 @click.option("--json", "as_json", is_flag=True, help="The record as it is.")
-def explain(body: BinaryIO, url: str, as_json: bool) -> None:
+def explain(body: BinaryIO, url: str, tenant: str | None, tier: str | None, as_json: bool) -> None:
     """Show the decision that a request body (a file, or standard input) would get, with the cost on each replica.
 
     Nothing is sent to a replica and nothing is reserved.
     """
     from extproc.explain import table
 
-    record = _posted(url, "/debug/explain", body.read())
+    named = {key: value for key, value in (("tenant", tenant), ("tier", tier)) if value is not None}
+    record = _posted(url, f"/debug/explain?{urllib.parse.urlencode(named)}", body.read())
     if as_json:
         click.echo(json.dumps(record, indent=2))
     else:
@@ -304,8 +309,14 @@ def run(path: Path | None) -> None:
 @click.option(
     "--share/--no-share", default=False, show_default=True, help="Whether routers tell each other what they do."
 )
-@click.option("--beat", type=float, default=0.05, show_default=True, help="Seconds between two words of a router.")
+@click.option(
+    "--beat", type=float, default=0.5, show_default=True, help="Seconds between two words of a router on all it has."
+)
 @click.option("--beat-loss", type=click.FloatRange(0, 1), default=0.0, help="Share of them that come to nothing.")
+@click.option("--events", type=click.FloatRange(0), help="Replicas tell of their KV caches, so many seconds late.")
+@click.option(
+    "--events-loss", type=click.FloatRange(0, 1), default=0.0, help="Share of what they tell that never comes."
+)
 @click.option("--router-dies", multiple=True, help="T:ROUTER, seconds and its place from 1. Repeatable.")
 @click.option("--scrape-interval", type=float, default=0.5, show_default=True, help="Seconds between samples.")
 @click.option("--scrape-age", type=float, default=0.0, show_default=True, help="Seconds by which samples come late.")

@@ -13,9 +13,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
-from extproc import redis_url
+from extproc import config_models, redis_url
+from extproc.config_base import Name as Name
+from extproc.config_base import Seconds as Seconds
+from extproc.config_base import Section as Section
+from extproc.config_models import ModelConfig as ModelConfig
+from extproc.config_models import ProviderConfig as ProviderConfig
+from extproc.config_models import TargetConfig as TargetConfig
+from extproc.config_models import WhenConfig as WhenConfig
 from extproc.core.policies import PolicyError, create
 
 READING_LIMIT_S = 10.0
@@ -48,17 +55,18 @@ def _listener(value: str) -> str:
     return _address(value)
 
 
+def _endpoint(value: str) -> str:
+    """`tcp://host:port` of ZMQ, with `{host}` or `*` in the place of the host where that is a replica's, or any of ours."""
+    found = re.fullmatch(r"tcp://(\{host\}|\*|[0-9A-Za-z_.-]+|\[[0-9A-Fa-f:.]+\]):(\d{1,5})", value)
+    if found is None or not 0 < int(found[2]) < 65536:
+        raise ValueError(f"{value!r} is not tcp://host:port; write tcp://{{host}}:5557 for port 5557 of each replica")
+    return value
+
+
 Address = Annotated[str, AfterValidator(_address)]
+Endpoint = Annotated[str, AfterValidator(_endpoint)]
 Listener = Annotated[str, AfterValidator(_listener)]
-Seconds = Annotated[float, Field(gt=0)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
 S = TypeVar("S", bound="Section")
-
-
-class Section(BaseModel):
-    """What every part of the file has in common."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class Listen(Section):
@@ -186,8 +194,10 @@ class Discovery(Section):
 class Scrape(Section):
     """How the metrics of replicas are read."""
 
-    path: str = Field(default="/metrics", pattern=r"^/")
-    """Path of the Prometheus page."""
+    path: str | None = Field(default=None, pattern=r"^/")
+    """Path of the Prometheus page; null for the engine's own (`/metrics`, of trtllm-serve `/prometheus/metrics`)."""
+    port: int | None = Field(default=None, ge=1, le=65535)
+    """Port of that page on the replica's host (8002 for tritonserver, 8080 for nodes of Ray); null for the replica's own. The label `metrics: "ip:port,ip:port"` of a replica goes before it."""
     interval_s: Seconds = 0.5
     """Seconds between scrapes of a replica that has work."""
     idle_interval_s: Seconds = 5.0
@@ -216,8 +226,8 @@ class Health(Section):
     """Seconds between checks of one that does not."""
     timeout_s: float = Field(default=3.0, gt=1.0)
     """Seconds to wait for an answer. Above 1: a busy engine answers late."""
-    path: str = Field(default="/health", pattern=r"^/")
-    """Liveness: 200 there says that the process is alive. Readiness is a model in the list of `/v1/models`."""
+    path: str | None = Field(default=None, pattern=r"^/")
+    """Liveness: 200 there says that the process is alive. null for the engine's own (`/health`, of Triton `/v2/health/live`, of Ray Serve `/-/healthz`). Readiness is a model in the list of `/v1/models`."""
     deep_interval_s: float | None = Field(default=None, gt=0)
     """Seconds between checks that generate one token, on a replica that is idle. null for none."""
     failures: int = Field(default=3, ge=1)
@@ -322,10 +332,12 @@ class Scaling(Section):
     """Seconds between a change and a way down. `work` also wants that no more was needed during all of them."""
     max_step_up: int = Field(default=4, ge=1)
     """Most replicas more at one time."""
-    max_step_down: int = Field(default=2, ge=1)
+    max_step_down: int = Field(default=4, ge=1)
     """Most replicas fewer at one time."""
-    hysteresis: float = Field(default=0.1, ge=0, le=1)
+    hysteresis: float = Field(default=0.2, ge=0, le=1)
     """Fewer replicas are asked for only where they would suffice for so much more work, as a share of what there is."""
+    change_cost_s: float = Field(default=900.0, ge=0, le=86_400)
+    """Replica-seconds that may be paid for, and not needed, to save a change of the number: `work` goes down when replicas that were not needed have cost so much, and goes up by what growth will need until then. 0: every change at once, for the fewest replica-hours."""
     thresholds: Thresholds = Thresholds()
     warm: Warm | None = None
     """Spare replicas; null for none."""
@@ -334,7 +346,7 @@ class Scaling(Section):
     daily_lead_s: float = Field(default=600.0, ge=0, le=7200)
     """So many seconds before."""
     gpu_url: str | None = Field(default=None, pattern=r"^https?://")
-    """Page with `DCGM_FI_DEV_GPU_UTIL` of the pool's GPUs (a DCGM exporter's, say): their mean is the GPU use of `thresholds`. null: unknown."""
+    """Page with `DCGM_FI_DEV_GPU_UTIL` of the pool's GPUs (a DCGM exporter's, say): their mean is the GPU use of `thresholds`. null: the mean over the replicas where the pool has `gpu`, else unknown."""
 
     @model_validator(mode="after")
     def _bounds(self) -> Self:
@@ -345,6 +357,113 @@ class Scaling(Section):
         return self
 
 
+class KvEvents(Section):
+    """Listen to what replicas tell of their KV caches (the KV events of vLLM and SGLang, over ZMQ), so that what of a prompt is cached where is known instead of guessed. Needs `pip install 'extproc[events]'`. See docs/kv-events.md."""
+
+    mode: Literal["auto", "connect", "bind"] = "auto"
+    """`connect`: to `endpoint` of each replica. `auto`: each is asked (`GET /kv_event_sources`, vLLM after 0.28); where it does not know that path, as `connect`. `bind`: replicas connect to `bind`, with a topic that names them."""
+    endpoint: Endpoint = "tcp://{host}:5557"
+    """Where a replica publishes; `{host}` is its IP address. Its label `kv_events` overrules it."""
+    replay_endpoint: Endpoint | None = None
+    """Where it tells its last messages again, for those who join late or missed some (vLLM's `replay_endpoint`); its label `kv_replay` overrules it. null: nowhere, unless it answers otherwise in `mode: auto`."""
+    bind: Endpoint | None = None
+    """For `mode: bind`: where to listen, `tcp://*:5557` say. Each replica publishes under the topic `kv@ip:port@model`, with the address by which it is a member."""
+    topic: str = Field(default="", max_length=256)
+    """Only topics that begin so are listened to. Empty: all."""
+    ranks: int | None = Field(default=None, ge=1, le=64)
+    """Data parallel ranks of a replica that publish, each on a port of its own, counted up from those above, unless it answers otherwise in `mode: auto`. null: `data_parallel` of the pool. More than that where the engine chooses the rank itself."""
+    max_queued: int = Field(default=4096, ge=16, le=100_000)
+    """Most messages of a publisher that wait here; what does not fit is asked for again. Some 2 to 10 KB each."""
+    replay_timeout_s: Seconds = 5.0
+    """Seconds without a further message after which a replay is given up. vLLM answers between two steps."""
+
+    @model_validator(mode="after")
+    def _listens(self) -> Self:
+        if self.mode == "bind" and self.bind is None:
+            raise ValueError("mode: bind has nowhere to listen; add bind: tcp://*:5557")
+        if self.mode != "bind" and self.bind is not None:
+            raise ValueError(f"bind counts in mode: bind alone, and mode is {self.mode}; remove one of them")
+        if self.bind is not None and "{host}" in self.bind:
+            raise ValueError("bind is an address of this host; write tcp://*:5557 instead of {host}")
+        if "*" in self.endpoint or "*" in (self.replay_endpoint or ""):
+            raise ValueError("* is where an engine listens; to connect there write tcp://{host}:5557")
+        return self
+
+
+class TokenizerConfig(Section):
+    """Tokenize prompts here as the engine will, so that what its KV events tell can be matched exactly. Needs `pip install 'extproc[tokenizers]'`. See docs/precise.md."""
+
+    path: Path
+    """Folder of the served model: `tokenizer.json`, `tokenizer_config.json`, its chat template, `config.json`. Weights are not needed."""
+    chat_template: Path | None = None
+    """Chat template in a file, where the engine was given one (`--chat-template`)."""
+    content_format: Literal["auto", "string", "openai"] = "auto"
+    """As the engine's `--chat-template-content-format`."""
+    template_values: dict[str, Any] = {}
+    """As the engine's `--default-chat-template-kwargs`."""
+    timeout_s: float = Field(default=0.05, gt=0, le=5)
+    """Longest that a request waits for its tokens, seconds; later, the approximate index decides. Less than `envoy.message_timeout_s`."""
+    cache_bytes: int = Field(default=64 * 1024 * 1024, ge=0)
+    """Room for pieces of prompts that were tokenized, so that a conversation pays for its new part alone. 0: none."""
+    threads: int = Field(default=2, ge=1, le=64)
+    """Prompts tokenized at one time."""
+
+
+class Gpus(Section):
+    """Where the use of the GPUs of each replica is read: for the policy `gpu_utilization`, for metrics, and for scaling where `scaling.gpu_url` is null. Which GPUs are a replica's is told by its labels `gpu_index: "0,1"`, `gpu_uuid` or `pod`, by `ports`, or by its being the only one there. See docs/engines.md."""
+
+    url: str | None = Field(default=None, pattern=r"^https?://")
+    """Page of a DCGM exporter; `{host}` in it is the IP address of each replica, for one exporter on each node (`http://{host}:9400/metrics`)."""
+    nvml: bool = False
+    """Read the GPUs of this machine through NVML instead, where extproc runs beside them. Needs `pip install 'extproc[nvml]'`."""
+    interval_s: Seconds = 5.0
+    """Seconds between two looks. A DCGM exporter itself looks every 30 s unless it is told otherwise (`-c`)."""
+    timeout_s: Seconds = 3.0
+    """Seconds to wait for a page."""
+    ports: dict[int, tuple[int, ...]] = {}
+    """Port of a replica: index of its GPUs on its host (`{8000: [0, 1], 8001: [2, 3]}`), for replicas without labels of that."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.url is None) is not self.nvml:
+            raise ValueError("has no source, or two; keep one of url: http://... and nvml: true")
+        return self
+
+
+class LoraConfig(Section):
+    """LoRA adapters of the replicas. Which replica has one is learned; see docs/lora.md."""
+
+    load_s: float = Field(default=0.5, ge=0)
+    """Seconds that an engine needs to load an adapter, as long as nothing was learned of it. 0 also where adapters stay loaded."""
+    slots: int | None = Field(default=None, ge=1)
+    """Adapters that a replica holds at once (vLLM's `--max-loras`), where it does not tell; null: unknown, and nobody is expected to wait for a slot."""
+
+
+class DisaggregationConfig(Section):
+    """Prefill and decode on different replicas, told apart by their label `role`. See docs/disaggregation.md."""
+
+    protocol: Literal["llm-d"] = "llm-d"
+    """How a replica that answers is told of another that computes the prompt: `llm-d` sends the header `x-prefiller-host-port` to llm-d's side-car beside it, whatever the engine behind that."""
+    local_prefill: bool = True
+    """Replicas with the role `decode` can compute prompts as well, and do where that costs less. false: they cannot, as SGLang's."""
+    kv_bytes_per_token: float = Field(default=131_072, gt=0)
+    """Size of the KV cache of one token. The default is that of Llama 3.1 8B in bf16; 70B has 327,680."""
+    bandwidth_gbit_per_s: float = Field(default=100, gt=0)
+    """Between two replicas, as long as nothing was learned of it by split requests."""
+    latency_s: float = Field(default=0.01, ge=0)
+    """Seconds of each transfer besides its size, likewise."""
+
+    @field_validator("protocol", mode="before")
+    @classmethod
+    def _one_request(cls, value: Any) -> Any:
+        if value in ("vllm", "sglang"):
+            raise ValueError(
+                f"{value} needs a second request, which a proxy does not send; put llm-d's side-car beside the replicas, "
+                "with its connector for that engine, and write llm-d"
+            )
+        return value
+
+
 class PoolConfig(Section):
     """Replicas that serve the same models."""
 
@@ -352,8 +471,11 @@ class PoolConfig(Section):
     """Name in metrics, logs and Envoy's cluster name."""
     models: tuple[str, ...] = ()
     """Model names that this pool serves, LoRA adapters included; what replicas list in `/v1/models` is added. Empty: whatever the replicas list, and anything while they have not been asked yet."""
-    engine: Literal["vllm", "none"] = "vllm"
-    """What the replicas run: whose metrics to read. `none` reads no metrics."""
+    engine: Literal["auto", "vllm", "sglang", "tgi", "trtllm", "triton", "ray", "none"] = "auto"
+    """What the replicas run: whose metrics to read. `auto` finds out for each replica by its page, so that a pool may mix them. `none` reads no metrics. See docs/engines.md."""
+    lora: LoraConfig = LoraConfig()
+    data_parallel: int = Field(default=1, ge=1, le=64)
+    """Data parallel ranks of each replica (`--data-parallel-size`), all behind its one address: each then counts as a replica of its own, and is chosen by header. 1 also where the engine shall choose by itself. See docs/engines.md."""
     policy: str = "predicted"
     """How a replica is chosen; see docs/policies.md for the list."""
     policy_options: dict[str, float | int | str | bool] = {}
@@ -370,6 +492,14 @@ class PoolConfig(Section):
     scaling: Scaling | None = None
     """How many replicas there should be; null: nobody asks."""
     usage: UsageConfig = UsageConfig()
+    gpu: Gpus | None = None
+    """The use of each replica's GPUs; null: unknown."""
+    kv_events: KvEvents | None = None
+    """What replicas tell of their KV caches; null: what they hold is guessed by what was sent to them."""
+    disaggregation: DisaggregationConfig | None = None
+    """Prefill and decode on different replicas; null: every replica answers alone, whatever its labels."""
+    tokenizer: TokenizerConfig | None = None
+    """How prompts become tokens; null: they are not tokenized, and `kv_events` count for nothing."""
 
     @model_validator(mode="before")
     @classmethod
@@ -377,6 +507,9 @@ class PoolConfig(Section):
         if isinstance(value, dict) and isinstance(value.get("labels"), dict):
             return {**value, "labels": {k: str(v) for k, v in value["labels"].items()}}
         return value
+
+    def _prefills_only(self, replica: ReplicaConfig) -> bool:
+        return {**self.labels, **replica.labels}.get("role") == "prefill"
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -386,6 +519,16 @@ class PoolConfig(Section):
             raise ValueError("has no members; add replicas: [ip:port] or discovery: {file: {path: ...}}")
         if doubled := _doubled(r.address for r in self.replicas):
             raise ValueError(f"lists replica {doubled} twice; remove one")
+        if self.data_parallel > 1 and self.engine not in ("auto", "vllm", "sglang", "none"):
+            raise ValueError(f"has data_parallel, but of {self.engine} no rank can be chosen by header; remove it")
+        if self.disaggregation is not None and self.replicas and all(self._prefills_only(r) for r in self.replicas):
+            raise ValueError(
+                "has disaggregation and only replicas with the role prefill, so nobody answers; add others"
+            )
+        if self.data_parallel > 1 and self.disaggregation is not None:
+            raise ValueError("has both data_parallel and disaggregation, whose headers name no rank; keep one")
+        if self.data_parallel > 1 and self.scaling is not None:
+            raise ValueError("has both data_parallel and scaling, which would count ranks; keep one")
         if self.from_zero and not self.queue.enabled:
             raise ValueError(
                 "has scaling.min_replicas: 0 but no queue to wait in; set queue.enabled: true, or 1 replica"
@@ -423,6 +566,8 @@ class Requests(Section):
     """Header that names a session, for `session_affinity`. Stripped before the replica."""
     tenant_header: str | None = None
     """Header that names who asks (an API key, say). Only a keyed hash of it is kept."""
+    objectives: dict[str, Annotated[int, Field(ge=-1_000_000, le=1_000_000)]] = {}
+    """Name of an InferenceObjective: priority, the higher first. With any, the header `x-llm-d-inference-objective` (or `x-gateway-inference-objective`) gives a request its priority where `x-request-priority` does not; a name that is not here counts as none."""
     flight_ttl_s: Seconds = 30.0
     """A flight of which nothing was heard for this many seconds is closed as lost. Periodic entries of the access log renew it, so it may be shorter than the longest generation; where a proxy sends none, set it above that."""
 
@@ -438,8 +583,8 @@ class EnvoyConfig(Section):
     """File of members and their health that extproc writes and Envoy watches. Both need the same path; its directory must exist. With several pools each has its own, with the pool's name before the suffix (`endpoints.<pool>.json`): Envoy takes one cluster from a file."""
     bootstrap_file: Path = Path("envoy.json")
     """Where `extproc envoy` writes the bootstrap."""
-    fail_open: bool = True
-    """When extproc does not answer, let requests pass by least request over the last known members. false: they fail with 503, or with 504 while extproc hangs and Envoy has not noticed."""
+    fail_open: bool | None = None
+    """When extproc does not answer, let requests pass by least request over the last known members. false: they fail with 503, or with 504 while extproc hangs and Envoy has not noticed. null: true, but false where `tenants.unknown` is `refuse`, for nobody is known then."""
     message_timeout_s: Seconds = 0.5
     """Seconds that Envoy waits for one answer of extproc."""
     connect_timeout_s: Seconds = 0.25
@@ -501,14 +646,20 @@ class Shared(Section):
     tls: SharedTls = SharedTls()
     prefix: str = Field(default="extproc", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:-]{0,62}$")
     """First part of all keys. Fleets that share a Redis need one each; routers share what they know when this and the names of their pools are the same."""
-    beat_s: float = Field(default=0.05, ge=0.02, le=1.0)
+    beat_s: float = Field(default=0.5, ge=0.02, le=1.0)
     """Seconds between two beats: at each this router publishes what it has, and reads what all others have."""
+    push: bool = True
+    """Whether routers also tell one another at once what they placed (PUBLISH and SUBSCRIBE)."""
+    push_interval_s: float = Field(default=0.005, ge=0.001, le=1.0)
+    """Least seconds between two pushes of this router; more where there are so many routers that each would hear over 400 a second."""
+    beat_without_push_s: float = Field(default=0.05, ge=0.02, le=1.0)
+    """Seconds between two beats, if that is less than `beat_s`, while pushes do not reach all routers."""
     expiry_s: float = Field(default=2.0, gt=0, le=5.0)
     """Seconds after which a router that published nothing is forgotten, with its load."""
     timeout_s: float = Field(default=0.5, ge=0.05)
     """Seconds that one beat may take, connecting included."""
     max_pause_s: float = Field(default=5.0, ge=0.1)
-    """Most seconds between two tries while Redis cannot be used; the pause begins with `beat_s` and doubles."""
+    """Most seconds between two tries while Redis cannot be used; the pause begins with two beats and doubles."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -539,7 +690,7 @@ class Limits(Section):
     tokens_per_minute: int | None = Field(default=None, ge=1)
     """Prompt and output tokens a minute, together. Estimated when a request comes, settled by what the replica reports."""
     in_flight: int | None = Field(default=None, ge=1)
-    """Requests at one time, those that wait included. Each router counts its own."""
+    """Requests at one time, those that wait included. Routers that share count those of the others, as far as they have heard of them."""
     max_prompt_tokens: int | None = Field(default=None, ge=1)
     """Longest prompt, as estimated; above it the client gets 400."""
 
@@ -611,7 +762,7 @@ class Tenants(Section):
     default_tier: Name = "free"
     """Tier of tenants for whom nothing names one, or names one that does not exist."""
     isolate_prefixes: bool = True
-    """Prompts of one tenant count as cached only for that tenant."""
+    """Prompts of one tenant count as cached only for that tenant. Where caches are known by KV events and a tokenizer, what engines share counts: see `send_cache_salt`."""
     send_cache_salt: bool = False
     """Also have the engines keep their caches apart: `cache_salt` is added to requests for chats, completions and responses. Shared system prompts are then computed once for each tenant."""
     tiers: dict[Name, Tier] = TIERS
@@ -619,6 +770,13 @@ class Tenants(Section):
     named: dict[str, Tenant] = {}
     """Tenants that differ from their tier, by name."""
     sharing: TenantSharing = TenantSharing()
+
+    @property
+    def limits_in_flight(self) -> bool:
+        """Whether anybody has such a limit."""
+        says: list[Tier] = [*self.tiers.values(), *self.named.values()]
+        limits: list[Limits] = [*says, *(model for each in says for model in each.models.values())]
+        return any(each.in_flight is not None for each in limits)
 
     @model_validator(mode="before")
     @classmethod
@@ -654,6 +812,10 @@ class Config(Section):
     listen: Listen = Listen()
     pools: tuple[PoolConfig, ...] = Field(min_length=1)
     """Groups of replicas. A request goes to the pool that serves its model; one that names no model to the first pool."""
+    models: tuple[ModelConfig, ...] = ()
+    """Models by name, with rules, shares and fallbacks, where it takes more than what pools list. See docs/models.md."""
+    providers: tuple[ProviderConfig, ...] = ()
+    """APIs elsewhere that targets of `models` may name."""
     requests: Requests = Requests()
     envoy: EnvoyConfig = EnvoyConfig()
     shared: Shared | None = None
@@ -663,6 +825,26 @@ class Config(Section):
     inspect: Inspect = Inspect()
     shutdown_grace_s: float = Field(default=30.0, gt=0)
     """Seconds after SIGTERM in which held requests and open answers may finish. Give the orchestrator a few seconds more."""
+
+    @property
+    def knows_all(self) -> bool:
+        """Whether nobody is served who is not known."""
+        return self.tenants is not None and self.tenants.unknown == "refuse"
+
+    @property
+    def fails_open(self) -> bool:
+        """Whether requests pass unrouted while extproc does not answer Envoy."""
+        return not self.knows_all if self.envoy.fail_open is None else self.envoy.fail_open
+
+    @property
+    def undecided_pass(self) -> bool:
+        """Whether a request passes unrouted that extproc could not decide on: after a mistake of its own, or at its end."""
+        return self.fails_open and not self.knows_all
+
+    @property
+    def names_cluster(self) -> bool:
+        """Whether answers to Envoy name the pool or provider: where there is more than one."""
+        return len(self.pools) + len(self.providers) > 1
 
     @property
     def hold_limit_s(self) -> float:
@@ -680,6 +862,11 @@ class Config(Section):
             raise ValueError(f"pools: model {doubled!r} is in two pools; name it in one")
         if doubled := _doubled(r.address for p in self.pools for r in p.replicas):
             raise ValueError(f"pools: replica {doubled} is in two pools; list it in one")
+        waits, answer_s = [p for p in self.pools if p.tokenizer], self.envoy.message_timeout_s
+        if late := next((p for p in waits if p.tokenizer and p.tokenizer.timeout_s >= answer_s), None):
+            raise ValueError(
+                f"pools: {late.name!r} has a tokenizer.timeout_s that is not below envoy.message_timeout_s, {answer_s:g}; the proxy would give up first"
+            )
         interval, ttl = self.envoy.progress_interval_s, self.requests.flight_ttl_s
         if interval is None and ttl < 600:
             raise ValueError(
@@ -689,8 +876,15 @@ class Config(Section):
             raise ValueError(
                 f"requests.flight_ttl_s: {ttl:g} is less than three envoy.progress_interval_s; set {3 * interval:g} or more"
             )
-        if len(self.pools) > 1 and (bare := [p.name for p in self.pools if not p.models]):
-            raise ValueError(f"pools: {bare[0]!r} names no models; with several pools each needs models: [...]")
+        tiers = None if self.tenants is None else tuple(self.tenants.tiers)
+        knows_tenants = self.tenants is not None or self.requests.tenant_header is not None
+        config_models.check(self.models, self.providers, tuple(p.name for p in self.pools), tiers, knows_tenants)
+        aimed_at = {target.pool for model in self.models for target in (*model.targets, *model.fallback)}
+        if len(self.pools) > 1 and (bare := [p.name for p in self.pools if not p.models and p.name not in aimed_at]):
+            otherwise = ", or to be a target of models" if self.models else ""
+            raise ValueError(
+                f"pools: {bare[0]!r} names no models; with several pools each needs models: [...]{otherwise}"
+            )
         return self
 
 
@@ -849,7 +1043,11 @@ def _absolute(config: Config, base: Path) -> Config:
     def found(discovery: Discovery) -> Discovery:
         return discovery.model_copy(update={n: placed(getattr(discovery, n)) for n in Discovery.model_fields})
 
-    pools = tuple(p.model_copy(update={"discovery": found(p.discovery)}) if p.discovery else p for p in config.pools)
+    def of_pool(pool: PoolConfig) -> PoolConfig:
+        found_in = found(pool.discovery) if pool.discovery else None
+        return pool.model_copy(update={"discovery": found_in, "tokenizer": placed(pool.tokenizer)})
+
+    pools = tuple(map(of_pool, config.pools))
     envoy = config.envoy.model_copy(
         update={
             "endpoints_file": absolute(config.envoy.endpoints_file),
@@ -860,5 +1058,8 @@ def _absolute(config: Config, base: Path) -> Config:
     shared = placed(config.shared)
     if shared is not None:
         shared = shared.model_copy(update={"tls": placed(shared.tls)})
+    providers = tuple(placed(provider) for provider in config.providers)
     tenants = placed(config.tenants)
-    return config.model_copy(update={"pools": pools, "envoy": envoy, "shared": shared, "tenants": tenants})
+    return config.model_copy(
+        update={"pools": pools, "providers": providers, "envoy": envoy, "shared": shared, "tenants": tenants}
+    )

@@ -22,8 +22,15 @@ def table(record: dict[str, Any], console: Console | None = None) -> None:
     )
     console.print(
         f"policy [bold]{record['policy']}[/], reason {record['reason']}: {record['endpoints'][0]}, "
-        f"{predicted['cached_tokens']} tokens cached, first token in {predicted['ttft_s'] * 1e3:.0f} ms"
+        f"{predicted['cached_tokens']} tokens cached ({predicted['prefix_source']}), first token in {predicted['ttft_s'] * 1e3:.0f} ms"
     )
+    if record["prefiller"] is not None:
+        console.print(f"prompt computed by {record['prefiller']}")
+    if "tier" in record:
+        left = ", ".join(f"{q['remaining']} of {q['limit']} {of}" for of, q in record["left"].items() if q)
+        console.print(
+            f"tenant {record['tenant']} of tier {record['tier']}: {left or 'no limit'}{' left' if left else ''}"
+        )
     names = list(record["candidates"][0]["terms"])
     grid = Table("", "replica", "score", *names)
     for column in grid.columns:

@@ -110,11 +110,14 @@ def metrics() -> str:
 
     from extproc.adapters.looplag import LoopWatch
     from extproc.adapters.metrics import FleetCollector, RouterMetrics, ServerCollector
+    from extproc.adapters.metrics_events import EventCollector, EventMetrics
+    from extproc.adapters.metrics_models import ModelCollector, ModelMetrics
     from extproc.adapters.metrics_queue import QueueCollector, QueueMetrics
     from extproc.adapters.metrics_scaling import ScalingCollector
     from extproc.adapters.metrics_service import ServiceCollector, idle_life
     from extproc.adapters.metrics_shared import SharedCollector
     from extproc.adapters.metrics_tenants import TenantCollector
+    from extproc.adapters.metrics_tokenizing import TokenizingCollector, TokenizingMetrics
     from extproc.adapters.reading import ReadingCollector, ReadingCounts
     from extproc.adapters.shared.sharing import off
     from extproc.core.router import PoolSettings, Router
@@ -124,14 +127,20 @@ def metrics() -> str:
     registry = CollectorRegistry()
     RouterMetrics(registry)
     QueueMetrics(registry)
+    ModelMetrics(registry)
     registry.register(ServerCollector(StreamCounts(), LogCounts()))
     registry.register(ReadingCollector(ReadingCounts(), lambda: 0))
     registry.register(LoopWatch())
     router = Router([PoolSettings("default")], Random(0))
     registry.register(QueueCollector(router))
+    registry.register(ModelCollector(router, lambda: 0.0))
     registry.register(ScalingCollector(router, lambda: 0.0))
     registry.register(TenantCollector(router.limits))
     registry.register(ServiceCollector(idle_life(router)))
+    EventMetrics(registry)
+    registry.register(EventCollector(lambda: None))
+    TokenizingMetrics(registry, lambda: None)
+    registry.register(TokenizingCollector(lambda: None))
     registry.register(SharedCollector(off(router), lambda: 0.0))
     counted = sorted(registry.collect(), key=lambda m: m.name)
     gauges = sorted(FleetCollector(router, lambda: 0.0).collect(), key=lambda m: m.name)

@@ -81,6 +81,15 @@ def test_envoy_renders_what_envoy_accepts(tmp_path: Path) -> None:
     assert "8001" in (tmp_path / "endpoints.json").read_text()
 
 
+@pytest.mark.envoy
+def test_envoy_is_told_where_the_keys_of_providers_are(tmp_path: Path) -> None:
+    files = {"endpoints_file": str(tmp_path / "endpoints.json"), "bootstrap_file": str(tmp_path / "envoy.json")}
+    provider = {"name": "p", "host": "api.example", "api_key_file": "p.key"}
+    path = written(tmp_path, GOOD + yaml.safe_dump({"envoy": files, "providers": [provider]}))
+    assert run("envoy", "--config", path).exit_code == 0
+    assert str(tmp_path / "p.key") in (tmp_path / "provider_p_key.json").read_text()
+
+
 def test_envoy_writes_a_baseline_elsewhere_and_unchecked(tmp_path: Path) -> None:
     path = written(tmp_path, GOOD + yaml.safe_dump({"envoy": {"endpoints_file": str(tmp_path / "endpoints.json")}}))
     output = tmp_path / "baseline.yaml"
@@ -143,6 +152,15 @@ async def test_explain_shows_each_replica_and_the_terms_of_its_cost(tmp_path: Pa
         code, text = await explained("--url", served.url, given="{")
         assert (code, text.startswith("Error: 400: ")) == (1, True)
         assert await untouched(served, a, b)
+
+
+async def test_explain_is_told_whose_the_request_is(tmp_path: Path) -> None:
+    sections = {"requests": {"tenant_header": "x-tenant"}, "tenants": {"tiers": {"paid": {"requests_per_minute": 60}}}}
+    async with replica() as a, Served(configured(tmp_path, {"replicas": [a.address]}, **sections)) as served:
+        code, text = await explained("--url", served.url, "--tenant", "a&b", "--tier", "paid", given=json.dumps(chat()))
+        assert (code, "of tier paid: 60 of 60 requests left" in text) == (0, True), text
+        code, text = await explained("--url", served.url, given=json.dumps(chat()))
+        assert (code, text.startswith("Error: 401: ")) == (1, True), text
 
 
 async def untouched(served: Served, *replicas: Replica) -> bool:

@@ -8,7 +8,7 @@ its own pages included: Fetch Standard, "append a request Origin header").
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from html import escape
 from typing import Any, Final
 
@@ -18,9 +18,11 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from extproc.adapters.recorder import Recorder, decision_view
+from extproc.core.account import Account, Allowance, Quota
 from extproc.core.fleet import Member
+from extproc.core.lora import Held
 from extproc.core.router import Router
-from extproc.core.types import DrainAsked, DrainEnded, Fact, Reject
+from extproc.core.types import DrainAsked, DrainEnded, Fact, Reject, Request
 from extproc.openai import errors, requests
 
 _PATHS: Final = {"messages": "/v1/chat/completions", "prompt": "/v1/completions", "input": "/v1/responses"}
@@ -45,6 +47,19 @@ _PAGE: Final = """<!doctype html><meta charset="utf-8"><title>extproc</title>
 <li><a href="/livez">/livez</a>, <a href="/readyz">/readyz</a></ul>"""
 
 
+Asked = Callable[[str, Mapping[str, str], bytes, str | None, str | None], "Request | errors.HttpError"]
+"""What a path, headers by their lower-case names and a body ask of the router, or the refusal; and who asks, by tenant and tier, where
+that is not to be told from the headers."""
+
+
+def read(
+    path: str, _headers: Mapping[str, str], body: bytes, _tenant: str | None, _tier: str | None
+) -> Request | errors.HttpError:
+    """`Asked` where there are no tenants."""
+    parsed = requests.read("POST", path, body)
+    return errors.of_bad_request(parsed) if isinstance(parsed, errors.BadRequest) else parsed.request
+
+
 class Admin:
     """Handlers over one router."""
 
@@ -57,8 +72,9 @@ class Admin:
         ready: Callable[[], str | None],
         max_body_bytes: int,
         learn: Callable[[Fact], None],
+        asked: Asked = read,
     ) -> None:
-        """`ready` returns None, or why extproc is not ready. `learn` takes the drains asked for here."""
+        """`ready` returns None, or why extproc is not ready. `learn` takes the drains asked for here, `asked` reads requests."""
         self._router = router
         self._recorder = recorder
         self._registry = registry
@@ -66,6 +82,7 @@ class Admin:
         self._ready = ready
         self._max_body_bytes = max_body_bytes
         self._learn = learn
+        self._asked = asked
 
     def application(self) -> web.Application:
         app = web.Application(client_max_size=min(self._max_body_bytes, MAX_EXPLAINED_BYTES))
@@ -107,16 +124,21 @@ class Admin:
         return _json([record.view() for record in self._recorder.last(min(int(text[:9]), MAX_SHOWN))])
 
     async def _explain(self, request: web.Request) -> web.Response:
-        """Errors are those that the client would get."""
-        body = await request.read()
-        path = request.query.get("path") or _path_of(body)
-        parsed = requests.read("POST", path, body)
-        if isinstance(parsed, errors.BadRequest):
-            return _http(errors.of_bad_request(parsed))
-        decision = self._router.explain(parsed.request, self._clock())
+        """Errors are those that the client would get. Who it is says `?tenant=` and `&tier=`, else the headers, as of any request."""
+        body, query = await request.read(), request.query
+        headers = {name.lower(): value for name, value in request.headers.items()}
+        asked = self._asked(
+            query.get("path") or _path_of(body), headers, body, query.get("tenant"), query.get("tier") or None
+        )
+        if isinstance(asked, errors.HttpError):
+            return _http(asked)
+        now = self._clock()
+        decision = self._router.explain(asked, now)
         if isinstance(decision, Reject):
             return _http(errors.of_refusal(decision))
-        return _json(decision_view(decision))
+        account = asked.account
+        told = {} if account is None else account_view(account, self._router.limits.allowance(account, now))
+        return _json({**decision_view(decision), **told})
 
     async def _drain(self, request: web.Request) -> web.Response:
         """`within_s`: the replica ends so many seconds from now, whatever runs there."""
@@ -174,7 +196,7 @@ def _refused(status: int, why: str) -> web.Response:
 
 def member_view(pool: str, member: Member, router: Router, now: float) -> dict[str, Any]:
     """One replica as JSON. Unknown is null."""
-    sample, health = member.sample, member.health
+    sample, health, exact = member.sample, member.health, router.pools[pool].caches.exact
     state, reason, since = health.why(now)
     drain_left_s = health.drain_left_s(now)
     return {
@@ -189,11 +211,14 @@ def member_view(pool: str, member: Member, router: Router, now: float) -> dict[s
         "in_flight": len(member.load),
         "prefilling": member.load.prefilling(now),
         "decoding": member.load.decoding(now),
+        "prefilling_for_others": len(member.load.legs),
         "held_tokens": round(member.load.held_tokens),
         "queued_prompt_tokens": member.load.queued_tokens(now),
         "backlog_s": round(member.load.backlog_s(now), 6),
         "sample_age_s": None if member.sampled_at is None else round(now - member.sampled_at, 3),
         "late_scrapes": member.late_scrapes,
+        "engine": member.engine,
+        "gpu_use": member.gpu_use(now),
         "sample": None
         if sample is None
         else {
@@ -205,8 +230,10 @@ def member_view(pool: str, member: Member, router: Router, now: float) -> dict[s
         },
         "strangers": member.strangers,
         "models": list(member.models),
+        "adapters": adapters_view(member.load.lora),
         "latency_s": member.latency_s,
         "index_bytes": router.pools[pool].index.held_bytes(member.address),
+        "exact_blocks": exact.held(member.address) if exact.knows(member.address) else None,
         "learned": {
             "prefill_factor": round(member.speed.prefill_factor, 4),
             "decode_factor": round(member.speed.decode_factor, 4),
@@ -215,6 +242,28 @@ def member_view(pool: str, member: Member, router: Router, now: float) -> dict[s
             "cache_share": round(member.cache_share, 4),
         },
     }
+
+
+def adapters_view(held: Held | None) -> dict[str, Any] | None:
+    """LoRA adapters of a replica as JSON; null while nothing was heard of any, or sent for any."""
+    if held is None:
+        return None
+    return {"slots": held.slots, "held": list(held.names), "in_flight": held.in_use}
+
+
+def account_view(account: Account, left: Allowance) -> dict[str, Any]:
+    """Whose a request is, and what is left to it before it, as JSON. null is no limit."""
+    return {
+        "tenant": account.tenant,
+        "tier": account.tier,
+        "left": {"requests": _quota_view(left.requests), "tokens": _quota_view(left.tokens)},
+    }
+
+
+def _quota_view(quota: Quota | None) -> dict[str, Any] | None:
+    if quota is None:
+        return None
+    return {"limit": quota.limit, "remaining": quota.remaining, "reset_s": round(quota.reset_s, 3)}
 
 
 def _path_of(body: bytes) -> str:

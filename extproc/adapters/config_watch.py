@@ -4,40 +4,67 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from extproc.adapters.watching import RECHECK_S, moments
-from extproc.config import Config, ConfigError, PoolConfig, Section, parse
+from extproc.config import Config, ConfigError, PoolConfig, ProviderConfig, Section, parse
 
 log = logging.getLogger(__name__)
 
 LIVE_IN_POOLS: Final = frozenset(
-    {"models", "policy", "policy_options", "replicas", "discovery", "labels", "scrape", "health", "queue", "scaling"}
+    {
+        "models",
+        "policy",
+        "policy_options",
+        "replicas",
+        "discovery",
+        "labels",
+        "scrape",
+        "health",
+        "queue",
+        "scaling",
+        "kv_events",
+    }
 )
 """Settings of a pool, with all that is in them, that a running process takes over."""
+
+
+LIVE_IN_PROVIDERS: Final = frozenset({"model", "price", "budget"})
+"""Likewise of a provider. The rest is Envoy's."""
 
 
 def merged(running: Config, wanted: Config, hold_limit_s: float) -> tuple[Config, list[str]]:
     """`running` with as much of `wanted` as can be had without a restart, and the dotted paths of what cannot.
 
-    That is the grace period, the log level, what is shared, and LIVE_IN_POOLS. `hold_limit_s` is the longest wait that the proxy allows.
+    That is the grace period, the log level, what is shared, the models, LIVE_IN_POOLS and LIVE_IN_PROVIDERS. `hold_limit_s` is the longest wait that the proxy allows.
     Where the set of pools differs nothing of them is taken: a model or replica that moves to a pool that does not exist yet would
-    be nowhere.
+    be nowhere. Nor are models while the set of providers differs, for a target may be one that Envoy does not know.
     """
     changes: dict[str, Any] = {
         "shutdown_grace_s": wanted.shutdown_grace_s,
         "inspect": running.inspect.model_copy(update={"log_level": wanted.inspect.log_level}),
         "shared": wanted.shared,
     }
-    if [p.name for p in running.pools] == [p.name for p in wanted.pools]:
+    if _names(running.pools) == _names(wanted.pools):
         pairs = zip(running.pools, wanted.pools, strict=True)
         changes["pools"] = tuple(_merged_pool(a, b, wanted.hold_limit_s <= hold_limit_s) for a, b in pairs)
+        if _names(running.providers) == _names(wanted.providers):
+            changes["models"] = wanted.models
+            changes["providers"] = tuple(map(_merged_provider, running.providers, wanted.providers))
     effective = running.model_copy(update=changes)
     return effective, list(differences(effective, wanted))
+
+
+def _names(named: Iterable[PoolConfig | ProviderConfig]) -> list[str]:
+    return [each.name for each in named]
+
+
+def _merged_provider(running: ProviderConfig, wanted: ProviderConfig) -> ProviderConfig:
+    return running.model_copy(update={name: getattr(wanted, name) for name in LIVE_IN_PROVIDERS})
 
 
 def _merged_pool(running: PoolConfig, wanted: PoolConfig, queue_fits: bool) -> PoolConfig:
@@ -56,9 +83,9 @@ def _different(a: Any, b: Any, path: str) -> Iterator[str]:
         return
     if isinstance(a, Section) and isinstance(b, Section):
         yield from differences(a, b, path)
-    elif path == "pools" and [p.name for p in a] == [p.name for p in b]:
+    elif path in ("pools", "providers") and _names(a) == _names(b):
         for i, (one, other) in enumerate(zip(a, b, strict=True)):
-            yield from differences(one, other, f"pools[{i}]")
+            yield from differences(one, other, f"{path}[{i}]")
     else:
         yield path
 

@@ -24,6 +24,8 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 
 TOKENS = (16, 64, 256, 1024, 4096, 16384, 65536, 262144)
 RATIO = (0.1, 0.25, 0.5, 0.75, 0.9, 1.1, 1.25, 1.5, 2.0, 4.0, 10.0)
 """Predicted over actual: 0.9 to 1.1 is right."""
+OUTSIDE = "outside"
+"""Stands for the replica where a provider was asked."""
 DECIDING = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 5e-2)
 
 
@@ -56,6 +58,19 @@ class RouterMetrics(Quiet):
             "predicted_cached_tokens", "Prompt tokens predicted to be cached, where usage tells the truth.", "pool"
         )
         self.actual_hits = counter("actual_cached_tokens", "Prompt tokens that were cached, as reported.", "pool")
+        self.prefix_sources = counter(
+            "prefix_sources",
+            "Requests routed, by what told how much of the prompt was cached: the replica's KV events (exact), or what was sent there.",
+            "pool",
+            "source",
+        )
+        self.hit_predictions = counter(
+            "hit_predictions",
+            "Cached tokens predicted, by what told of them, and whether as many (right), fewer or more were reported.",
+            "pool",
+            "source",
+            "reported",
+        )
         self.prompt_ratio = histogram(
             "prompt_tokens_predicted_ratio", "Estimated over actual prompt tokens.", RATIO, "pool"
         )
@@ -94,6 +109,12 @@ class RouterMetrics(Quiet):
         self.failed_open = counter(
             "failed_open", "Requests routed though every replica they may go to is out: to the least bad one.", "pool"
         )
+        self.lora_requests = counter(
+            "lora_requests",
+            "Requests routed that need a LoRA adapter, by whether the replica was expected to hold it or to load it first.",
+            "pool",
+            "adapter",
+        )
         self.discovery_errors = counter("discovery_errors", "Discovery sources that could not be read.", "pool")
 
         self._children: dict[tuple[Any, ...], Any] = {}
@@ -111,10 +132,14 @@ class RouterMetrics(Quiet):
     def decided(self, decision: Decision) -> None:
         pool = decision.pool
         self._members.update(decision.endpoints)
-        self._of(self.decisions, pool, decision.policy, decision.reason, decision.endpoints[0]).inc()
+        replica = decision.endpoints[0] if decision.endpoints else OUTSIDE
+        self._of(self.decisions, pool, decision.policy, decision.reason, replica).inc()
         self._of(self.prompt_size, pool).observe(decision.prompt_tokens)
+        self._of(self.prefix_sources, pool, decision.prefix_source.value).inc()
         if decision.reason == FAILED_OPEN:
             self._of(self.failed_open, pool).inc()
+        if (load_s := decision.prediction.load_s) is not None:
+            self._of(self.lora_requests, pool, "loaded" if load_s else "held").inc()
 
     def health_changed(self, change: HealthChanged) -> None:
         self._of(self.health_changes, change.pool, change.address, change.after.value, change.reason.value).inc()
@@ -129,8 +154,8 @@ class RouterMetrics(Quiet):
     def ended(self, ended: Ended) -> None:
         flight, outcome = ended.flight, ended.outcome
         pool = flight.pool
-        replica = outcome.served or flight.address
-        if replica not in self._members:
+        replica = (outcome.served or flight.address) if flight.address else OUTSIDE
+        if replica not in self._members and flight.address:
             replica = "departed"
         self._of(self.outcomes, pool, replica, outcome.end.value).inc()
         if ended.moved:
@@ -158,6 +183,8 @@ class RouterMetrics(Quiet):
         if usage.cached_tokens is not None and not ended.moved:
             self._of(self.predicted_hits, flight.pool).inc(flight.prediction.cached_tokens)
             self._of(self.actual_hits, flight.pool).inc(usage.cached_tokens)
+            reported = _against(usage.cached_tokens, flight.prediction.cached_tokens)
+            self._of(self.hit_predictions, flight.pool, flight.prefix_source.value, reported).inc()
 
     def _cover(self, ended: Ended) -> None:
         """Whether the answer was as short as the p90 said. Of several samples only the sum is known, and a mean varies less."""
@@ -183,6 +210,12 @@ class RouterMetrics(Quiet):
         self._children = {key: child for key, child in self._children.items() if address not in key[1:]}
         for metric in (self.decisions, self.outcomes, self.prompt_tokens, self.output_tokens, self.health_changes):
             metric.remove_by_labels({"pool": pool, "replica": address})
+
+
+def _against(reported: int, predicted: int) -> str:
+    if reported == predicted:
+        return "right"
+    return "more" if reported > predicted else "fewer"
 
 
 class ServerCollector(Collector):
@@ -233,9 +266,15 @@ class FleetCollector(Collector):
         kv_usage = gauge("kv_usage_ratio", "KV cache in use by running requests, by the last sample.")
         strangers = gauge("strangers", "Requests there that did not come through here.")
         index = gauge("index_bytes", "Canonical prompt bytes that the replica is believed to have cached.")
+        exact = gauge(
+            "exact_blocks", "KV blocks that it holds by its own events; absent where these do not tell all of them."
+        )
         prefill = gauge("prefill_factor", "Learned prefill time over the prior's.")
         decode = gauge("decode_factor", "Learned time per output token over the prior's.")
         trust = gauge("hit_trust_ratio", "Actual over predicted prefix hits, smoothed.")
+        engine = gauge("engine", "1 for the engine whose metrics it has; unknown where they tell nothing.", "engine")
+        gpu_use = gauge("gpu_use_ratio", "Share of the time with work on its GPUs, mean over them, by DCGM or NVML.")
+        gpu_memory = gauge("gpu_memory_ratio", "Share of its GPUs' memory that is taken, mean over them.")
         for pool, member in self._router.members():
             key = (pool, member.address)
             current = member.state(now)
@@ -247,9 +286,18 @@ class FleetCollector(Collector):
             backlog.add_metric(key, member.load.backlog_s(now))
             strangers.add_metric(key, member.strangers)
             index.add_metric(key, self._router.pools[pool].index.held_bytes(member.address))
+            known = self._router.pools[pool].caches.exact
+            if known.knows(member.address):
+                exact.add_metric(key, known.held(member.address))
             prefill.add_metric(key, member.speed.prefill_factor)
             decode.add_metric(key, member.speed.decode_factor)
             trust.add_metric(key, member.hit_trust)
+            if member.scraped:
+                engine.add_metric((*key, member.engine or "unknown"), 1.0)
+            if (use := member.gpu_use(now)) is not None:
+                gpu_use.add_metric(key, use)
+            if member.gpu is not None and member.gpu.memory is not None:
+                gpu_memory.add_metric(key, member.gpu.memory)
             if member.sampled_at is not None:
                 age.add_metric(key, now - member.sampled_at)
             if member.sample is not None:
@@ -261,7 +309,23 @@ class FleetCollector(Collector):
                     if value is not None:
                         family.add_metric(key, value)
         yield from (state, in_flight, held, queued, backlog, age, waiting, running, kv_usage, strangers)
-        yield from (index, prefill, decode, trust)
+        yield from (index, exact, prefill, decode, trust, engine, gpu_use, gpu_memory)
+        ignored = CounterMetricFamily(
+            "extproc_cache_blocks_ignored",
+            "Blocks that KV events told of and that are not in the index.",
+            labels=("pool", "why"),
+        )
+        for name, each in self._router.pools.items():
+            for why, blocks in each.caches.exact.ignored.items():
+                ignored.add_metric((name, why.value), blocks)
+        yield ignored
+        load = GaugeMetricFamily(
+            "extproc_lora_load_seconds", "Expected of loading a LoRA adapter, learned.", labels=("pool",)
+        )
+        for name, each in self._router.pools.items():
+            if each.lora.holders:
+                load.add_metric((name,), each.lora.load.s)
+        yield load
         total = GaugeMetricFamily("extproc_in_flight", "Requests routed that have not ended, all pools.")
         total.add_metric((), self._router.in_flight)
         yield total

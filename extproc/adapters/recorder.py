@@ -54,15 +54,18 @@ def decision_view(decision: Decision) -> dict[str, Any]:
         "at_s": round(decision.at, 6),
         "pool": decision.pool,
         "model": decision.model,
+        "target": _target_view(decision),
         "api": decision.api.value,
         "policy": decision.policy,
         "reason": decision.reason,
         "endpoints": list(decision.endpoints),
+        "prefiller": decision.prefiller,
         "prompt_tokens": decision.prompt_tokens,
         "output_tokens": round(decision.output_tokens, 1),
         "output_p90_tokens": decision.output_p90_tokens,
         "predicted": {
             "cached_tokens": prediction.cached_tokens,
+            "prefix_source": decision.prefix_source.value,
             "queue_s": round(prediction.queue_s, 6),
             "prefill_s": round(prediction.prefill_s, 6),
             "ttft_s": round(prediction.ttft_s, 6),
@@ -80,6 +83,12 @@ def decision_view(decision: Decision) -> dict[str, Any]:
             for scored in decision.candidates
         ],
     }
+
+
+def _target_view(decision: Decision) -> dict[str, str] | None:
+    """Which target of a configured model it is; None for models that the catalog does not have."""
+    target = decision.target
+    return None if target is None else {"model": target.model, "to": target.to, "version": target.version}
 
 
 def _outcome_view(ended: Ended) -> dict[str, Any]:

@@ -12,16 +12,20 @@ from extproc.core.health.progress import silence_s
 from extproc.core.health.replica import Health, Report, untold
 from extproc.core.health.settings import HealthSettings
 from extproc.core.health.states import Reason, State
+from extproc.core.lora import Held
 from extproc.core.peers import Others, Peers
+from extproc.core.ranks import endpoint_of
 from extproc.core.speed import Shared, Speed
 from extproc.core.steptime import prior
-from extproc.core.types import Add, Change, PeerLoad, Probe, Remove, Replica, Reset, Sample, ScrapeFailure
+from extproc.core.types import Add, Change, GpuSampled, PeerLoad, Probe, Remove, Replica, Reset, Sample, ScrapeFailure
 
 FAILED_OPEN: Final = "failed_open"
 """The reason of decisions among replicas that are all out."""
 TRIAL_S: Final = 1.0
 """A policy that knows cached prefixes elsewhere may never choose a replica that lost its own. Sooner would cost requests whose
 cache is elsewhere; later keeps a well replica idle, and each trial waits so long."""
+GPU_STALE_S: Final = 60.0
+"""Exporters of GPU metrics look every 30 s by default (NVIDIA's dcgm-exporter), and twice that is too old to count."""
 STRANGERS_S: Final = 10.0
 """Requests of others are averaged over about so many seconds. The last sample alone would be the same for all routers that
 read it, and would send all of them to the same replica."""
@@ -34,6 +38,9 @@ class Member:
         "answered_at",
         "began_at",
         "cache_share",
+        "engine",
+        "gpu",
+        "gpu_at",
         "health",
         "heard_at",
         "held_at_sample",
@@ -43,8 +50,10 @@ class Member:
         "latency_s",
         "load",
         "models",
+        "opened_at_gpu",
         "opened_at_sample",
         "others",
+        "parents",
         "replica",
         "sample",
         "sampled_at",
@@ -76,7 +85,16 @@ class Member:
         self.sampled_at: float | None = None
         self.late_scrapes = 0
         """Scrapes in a row that brought nothing, though something listens."""
+        self.engine: str | None = None
+        """What runs there, by its metrics; None while these say nothing of use, or nobody asked."""
+        self.gpu: GpuSampled | None = None
+        """How much its GPUs were used when last heard of, at `gpu_at`."""
+        self.gpu_at = now
+        self.opened_at_gpu = 0
+        """Our own requests there then."""
         self.models: tuple[str, ...] = ()
+        self.parents: Mapping[str, str] = {}
+        """Of the LoRA adapters among its models: the base model."""
         self.load = Load()
         self.speed = Speed(prior(replica.labels), learned)
         self.latency_s: float | None = None
@@ -127,16 +145,37 @@ class Member:
         self.health.heard(now, other=before is not None and _went_back(before, sample))
         self.late_scrapes = 0
         if sample.running is not None and sample.waiting is not None:
-            known = len(self.load) + (self.others.requests if self.others is not None else 0)
+            known = self.load.requests + (self.others.requests if self.others is not None else 0)
             strangers = max(0, sample.running + sample.waiting - known)
             self.strangers += (strangers - self.strangers) * (1.0 - math.exp(-elapsed_s / STRANGERS_S))
-        self.opened_at_sample, self.held_at_sample = len(self.load), self.load.held_tokens
+        self.opened_at_sample, self.held_at_sample = self.load.requests, self.load.held_tokens
         if before is not None and _moved(before, sample):
             self.worked(now)
-        if self.health.restarts == restarts:
+        restarted = self.health.restarts != restarts
+        if restarted:
+            self._began(now)
+        if sample.adapters is not None:
+            if self.load.lora is None:
+                self.load.lora = Held()
+            self.load.lora.sampled(sample.adapters, now)
+        return restarted
+
+    def identified(self, engine: str | None, now: float) -> bool:
+        """What runs there is known. True if it is another engine than the one before, and so another process."""
+        before, self.engine = self.engine, engine
+        if engine is None or before is None or before == engine:
             return False
-        self.began_at = now
-        return True
+        restarts = self.health.restarts
+        self.health.heard(now, other=True)
+        return self._replaced(restarts, now)
+
+    def gpu_sampled(self, fact: GpuSampled, now: float) -> None:
+        """How much its GPUs are used came."""
+        self.gpu, self.gpu_at, self.opened_at_gpu = fact, now, len(self.load)
+
+    def gpu_use(self, now: float) -> float | None:
+        """Share of the time with work on its GPUs; None where that is unknown, or was heard too long ago."""
+        return None if self.gpu is None or now - self.gpu_at > GPU_STALE_S else self.gpu.use
 
     def not_sampled(self, why: ScrapeFailure, now: float) -> None:
         """A scrape failed. A late page leaves the sample to age; only a refused connection says that nobody is there."""
@@ -159,8 +198,14 @@ class Member:
             return False
         # The sample is of the process before: its counters would make the next page a restart again.
         self.sample = self.sampled_at = None
-        self.began_at = now
+        self._began(now)
         return True
+
+    def _began(self, now: float) -> None:
+        """Another process is there, as of now."""
+        self.began_at = now
+        if self.load.lora is not None:
+            self.load.lora.restarted()
 
     def worked(self, now: float) -> None:
         """It gave a sign of work."""
@@ -196,9 +241,11 @@ class Member:
 
     def expire(self, now: float) -> None:
         """Notice what time has changed: states that end, and work that makes no progress."""
-        if len(self.load):
+        if self.load.requests:
             # What the process before had will bring no byte, and says nothing of this one.
-            flights = [flight for flight in self.load if flight.routed_at >= self.began_at]
+            # Nor does one whose prompt another computes, until its first token: there it stands in the legs.
+            flights = [flight for flight in self.load if flight.routed_at >= self.began_at and flight.leg is None]
+            flights += [leg for leg in self.load.legs if leg.routed_at >= self.began_at]
             silent_s = silence_s(flights, self.heard_at, self._counted(now), self.health.settings, now)
             if silent_s:
                 self.health.silent_for(silent_s, now)
@@ -211,6 +258,7 @@ class Member:
         if (
             sample is None
             or self.sampled_at is None
+            or sample.counted_at_end
             or (sample.generated_tokens is None and sample.prompt_tokens is None)
         ):
             return False
@@ -242,12 +290,17 @@ class Member:
         ours = self.load.prefilling(now)
         return ours if self.others is None else ours + self.others.prefilling
 
+    def awaiting_adapter(self, now: float) -> int:
+        """Our requests there that wait for a slot for their LoRA adapter, and let others pass."""
+        held = self.load.lora
+        return 0 if held is None else held.waiting(self.fresh(now) is not None)
+
     def queued(self, now: float) -> int | None:
         """Requests waiting there: the last sample, and what we sent or saw end since. None without a fresh sample."""
         sample = self.fresh(now)
         if sample is None or sample.waiting is None:
             return None
-        return max(0, sample.waiting + len(self.load) - self.opened_at_sample)
+        return max(0, sample.waiting + self.load.requests - self.opened_at_sample)
 
 
 def _drains(replica: Replica) -> bool:
@@ -260,6 +313,8 @@ def _moved(before: Sample, after: Sample) -> bool:
 
 
 def _went_back(before: Sample, after: Sample) -> bool:
+    if before.counted_at_end is not after.counted_at_end:
+        return False  # other counters of the same engine
     pairs = ((before.prompt_tokens, after.prompt_tokens), (before.generated_tokens, after.generated_tokens))
     return any(b is not None and a is not None and a < b for b, a in pairs)
 
@@ -361,14 +416,14 @@ class Fleet:
             self._members.pop(address).health.left(now)
         return left
 
-    def loaded(self, peer: str, before: Iterable[str], loads: Mapping[str, PeerLoad], at: float, now: float) -> None:
-        """Another router has these loads on members since `at`, and no longer those that it had on the addresses `before`."""
-        for address in {*before, *loads}:
+    def loaded(self, peer: str, loads: Mapping[str, PeerLoad | None], at: float, now: float) -> None:
+        """Another router has these loads on members since `at`; None for nothing."""
+        for address, load in loads.items():
             member = self._members.get(address)
             if member is None:
                 continue
             others = member.others = member.others or Others()
-            others.put(peer, loads.get(address), at, now)
+            others.put(peer, load, at, now)
             if not others:
                 member.others = None
 
@@ -389,7 +444,9 @@ class Fleet:
         """Whether there is nobody that anything could be sent to: nothing listens on any member, or there is none."""
         return all(m.health.unreachable(now) for m in self._members.values())
 
-    def candidates(self, now: float, subset: frozenset[str] | None = None) -> list[Member]:
+    def candidates(
+        self, now: float, subset: frozenset[str] | None = None, among: Callable[[Member], bool] | None = None
+    ) -> list[Member]:
         """Who may be chosen, in the order of discovery; empty only when nobody is allowed, or nobody is left. The first of:
 
         1. Those that are ready, those that start slowly and have less than their share, and those on probation that have
@@ -397,10 +454,14 @@ class Fleet:
         2. Those of which nothing has been heard yet: right after our own start that is everyone.
         3. The least bad of the others, so fail open: better a try, and Envoy's retry, than an error for the whole fleet because
            of what may be our own blindness. Never one that is gone.
+
+        `among`: the others are as if they were no members.
         """
         allowed: Collection[Member] = self._members.values()
+        if among is not None:
+            allowed = [m for m in allowed if among(m)]
         if subset is not None:
-            allowed = [m for m in allowed if m.address in subset or m.address.rpartition(":")[0] in subset]
+            allowed = [m for m in allowed if _named(endpoint_of(m.address), subset)]
         ready = [m for m in allowed if m.health.state(now) is State.READY]
         if len(ready) == len(allowed):
             return ready
@@ -410,6 +471,10 @@ class Fleet:
         if starting := [m for m in allowed if m.health.state(now) is State.STARTING]:
             return starting
         return _least_bad(allowed, now)
+
+
+def _named(endpoint: str, subset: frozenset[str]) -> bool:
+    return endpoint in subset or endpoint.rpartition(":")[0] in subset
 
 
 def _waits_for_trial(member: Member, now: float) -> bool:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from extproc.core.types import Api, Blocks, Prediction
+from extproc.core.catalog.settings import Target
+from extproc.core.lora import Held
+from extproc.core.types import Api, Blocks, Prediction, PrefixSource
 
 
 class LedgerError(Exception):
@@ -25,6 +27,7 @@ class Flight:
     id: str
     pool: str
     address: str
+    """Empty where `pool` is a provider."""
     model: str | None
     api: Api
     tenant: str | None
@@ -32,7 +35,7 @@ class Flight:
     blocks: Blocks
     prompt_bytes: int | None
     prompt_tokens: int
-    """Estimated, unless the client sent token ids."""
+    """Estimated, unless the client sent token ids, or the prompt was tokenized here."""
     output_tokens: float
     """Expected."""
     samples: int
@@ -53,6 +56,8 @@ class Flight:
     """Predicted, and moved as the queue moves."""
     exact_tokens: bool = False
     """The client sent token ids: their bytes say nothing of how text is tokenized."""
+    tokenized: bool = False
+    """The prompt was tokenized here, so that its tokens are not estimated."""
     first_token_at: float | None = None
     response_bytes: int = 0
     output_p90_tokens: int = 0
@@ -65,6 +70,16 @@ class Flight:
     """On trial, it counted as a success by its first token."""
     at: str = ""
     """Who has it now: `address`, unless the proxy sent it on to another."""
+    target: Target | None = None
+    """Of the catalog's model that was asked for; None where the catalog does not have it."""
+    prefix_source: PrefixSource = PrefixSource.NONE
+    """What told of the prediction's cached tokens."""
+    leg: Leg | None = None
+    """Its prefill, while another replica may be at it; None where there is no such, and after the first token."""
+    adapter: str | None = None
+    """The LoRA adapter that it needs."""
+    slot_at: float = 0.0
+    """When the replica should have a slot for that."""
 
     def __post_init__(self) -> None:
         self.at = self.at or self.address
@@ -92,18 +107,34 @@ class Flight:
         return self.prompt_tokens + 0.5 * self.output_tokens * self.samples
 
 
+@dataclass(slots=True, eq=False)
+class Leg:
+    """The prefill of a flight on another replica than the one that answers. It is no flight of the ledger: that has the whole."""
+
+    flight: Flight
+    """As the replica that prefills has it: only its place in the queue there counts."""
+    transfer_s: float
+    """Expected from there to the replica that answers."""
+
+
 class Load:
     """The open flights of one replica."""
 
-    __slots__ = ("_flights", "_held_tokens", "_output_tokens", "_queue")
+    __slots__ = ("_elsewhere", "_flights", "_held_tokens", "_legs", "_output_tokens", "_queue", "lora")
 
     def __init__(self) -> None:
         self._flights: dict[str, Flight] = {}
         # Those whose first token has not been reported, in the order in which the replica got them; `prefill_done_at`
         # rises along it. Believed done is not removed: reading would then change what a late report can still correct.
         self._queue: list[Flight] = []
+        self._legs: dict[str, Flight] = {}
+        # Prompts that it computes for flights of other replicas, in the queue like its own.
+        self._elsewhere: set[str] = set()
+        # Flights whose prompt another replica computes, and whose first token has not been reported.
         self._held_tokens = 0.0
         self._output_tokens = 0.0
+        self.lora: Held | None = None
+        """LoRA adapters there; None while nothing was heard of any."""
 
     def __repr__(self) -> str:
         return f"<load {len(self._flights)} flights, {len(self._queue)} without first token, {self._held_tokens:.0f} tokens held>"
@@ -117,6 +148,16 @@ class Load:
     def has(self, flight: Flight) -> bool:
         """Whether the flight is open here."""
         return flight.id in self._flights
+
+    @property
+    def legs(self) -> Collection[Flight]:
+        """Prompts that it computes for flights of other replicas."""
+        return self._legs.values()
+
+    @property
+    def requests(self) -> int:
+        """What the engine there would count: flights and legs."""
+        return len(self._flights) + len(self._legs)
 
     @property
     def held_tokens(self) -> float:
@@ -134,11 +175,12 @@ class Load:
 
     def prefilling(self, now: float) -> int:
         """Flights whose first token is still to come, as far as we know or believe."""
-        return len(self._queue) - self._believed_done(now)
+        return len(self._queue) - self._believed_done(now) + len(self._elsewhere)
 
     def decoding(self, now: float) -> int:
         """Flights that generate."""
-        return len(self._flights) - len(self._queue) + self._believed_done(now)
+        legs = sum(f.id in self._legs for f in self._queue[self._believed_done(now) :]) if self._legs else 0
+        return len(self._flights) - self.prefilling(now) + legs
 
     def sharing_step(self, now: float, budget: int) -> tuple[int, int]:
         """Flights at the end of the queue that get their first token from one step that has not begun, and the tokens in it.
@@ -175,18 +217,59 @@ class Load:
         """Put a flight at the end of the prefill queue. `backlog_s`: what stands before it, others' prefill included."""
         if flight.id in self._flights:
             raise LedgerError(f"{flight!r} is already open")
+        if flight.leg is None:
+            self._enqueue(flight, now, backlog_s)
+        else:
+            self._elsewhere.add(flight.id)
+        self._flights[flight.id] = flight
+        self._held_tokens += flight.held_tokens
+        self._output_tokens += flight.output_tokens * flight.samples
+        if flight.adapter is not None:
+            self._use_adapter(flight.adapter, flight, now)
+
+    def _use_adapter(self, name: str, flight: Flight, now: float) -> None:
+        if self.lora is None:
+            self.lora = Held()
+        self.lora.opened(name, flight, now)
+
+    def _enqueue(self, flight: Flight, now: float, backlog_s: float | None) -> None:
         ours_s = self.backlog_s(now)
         before_s = ours_s if backlog_s is None else max(ours_s, backlog_s)
         flight.others_s = before_s - ours_s
         flight.prefill_done_at = now + before_s + flight.prediction.prefill_s
-        self._flights[flight.id] = flight
         self._queue.append(flight)
-        self._held_tokens += flight.held_tokens
-        self._output_tokens += flight.output_tokens * flight.samples
+
+    def open_leg(self, leg: Flight, now: float, backlog_s: float | None = None) -> None:
+        """Put a prompt that is computed for another replica at the end of the prefill queue."""
+        if leg.id in self._legs:
+            raise LedgerError(f"{leg!r} is already open")
+        self._legs[leg.id] = leg
+        self._enqueue(leg, now, backlog_s)
+        if leg.adapter is not None:
+            self._use_adapter(leg.adapter, leg, now)
+
+    def leg_done(self, leg: Flight, at: float) -> None:
+        """The prompt of a leg was computed at time `at`; what stands behind it starts from there."""
+        if leg in self._queue:
+            del self._queue[: self._queue.index(leg) + 1]
+            self._retime(0, at)
+
+    def close_leg(self, leg: Flight, now: float) -> None:
+        """The leg ended."""
+        if self._legs.pop(leg.id, None) is None:
+            raise LedgerError(f"{leg!r} is not open")
+        if leg.adapter is not None and self.lora is not None:
+            self.lora.closed(leg.adapter, leg, now)
+        self._dequeue(leg, now)
+
+    def has_leg(self, leg: Flight) -> bool:
+        """Whether the leg is open here."""
+        return leg.id in self._legs
 
     def first_token(self, flight: Flight, at: float) -> None:
         """The first token of the flight came at time `at`: what stands behind it in the queue starts from there."""
         flight.first_token_at = at
+        self._elsewhere.discard(flight.id)
         if flight in self._queue:  # else one behind it is done already, and tells more
             # First come, first served: those before it are done as well.
             del self._queue[: self._queue.index(flight) + 1]
@@ -194,7 +277,7 @@ class Load:
 
     def still_prefilling(self, flight: Flight, now: float) -> None:
         """The replica has sent no byte for the flight yet: if we believed it done, it is not, nor is what came later."""
-        if now < flight.prefill_done_at:
+        if now < flight.prefill_done_at or now < flight.slot_at:
             return
         if flight not in self._queue:
             self._queue.insert(0, flight)  # overtaken by one whose first token came: all others are later
@@ -210,8 +293,14 @@ class Load:
             raise LedgerError(f"{flight!r} is not open")
         self._held_tokens -= flight.held_tokens
         self._output_tokens -= flight.output_tokens * flight.samples
+        if flight.adapter is not None and self.lora is not None:
+            self.lora.closed(flight.adapter, flight, now)
         if not self._flights:
             self._held_tokens = self._output_tokens = 0.0  # no drift of sums over the life of a process
+        self._elsewhere.discard(flight.id)
+        self._dequeue(flight, now)
+
+    def _dequeue(self, flight: Flight, now: float) -> None:
         if flight in self._queue:
             i = self._queue.index(flight)
             del self._queue[i]
@@ -235,9 +324,13 @@ class Load:
         """Raise AssertionError if the sums or the queue do not fit the open flights; for tests."""
         assert math.isclose(self._held_tokens, sum(f.held_tokens for f in self), abs_tol=1e-3), self
         assert math.isclose(self._output_tokens, sum(f.output_tokens * f.samples for f in self), abs_tol=1e-3), self
-        assert all(self._flights.get(f.id) is f and f.first_token_at is None for f in self._queue), self
+        open_ = {**self._flights, **self._legs}
+        assert all(open_.get(f.id) is f and f.first_token_at is None for f in self._queue), self
+        assert all(id_ in self._flights and self._flights[id_].first_token_at is None for id_ in self._elsewhere), self
         done = [f.prefill_done_at for f in self._queue]
         assert done == sorted(done), self
+        if self.lora is not None:
+            self.lora.check([*self, *self.legs])
 
 
 def _done_at(flight: Flight) -> float:

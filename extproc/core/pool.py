@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from extproc.core.admission.admission import Admission, Work
 from extproc.core.admission.fairness import charge_tokens
+from extproc.core.disaggregation import Disaggregation, book, decodes, learn, prefills
+from extproc.core.estimates import Estimates
 from extproc.core.fleet import Changed, Fleet, Member
 from extproc.core.flights import Flight
 from extproc.core.health.states import State
+from extproc.core.lora import Lora
 from extproc.core.peers import PEERS_SLACK_S, Peers, trusted
 from extproc.core.policies import Policy, create
-from extproc.core.prediction import Ask, company, predict
+from extproc.core.prediction import Ask, company, predict, unseen
+from extproc.core.prefix.caches import Caches
 from extproc.core.prefix.index import PrefixIndex
 from extproc.core.scaling.autoscaler import NOBODY, Asked, Autoscaler
-from extproc.core.settings import PoolSettings
-from extproc.core.tokens import OutputTokens, PromptTokens, ResponseBytes
+from extproc.core.settings import DisaggregationSettings, PoolSettings
 from extproc.core.traffic import Traffic
 from extproc.core.types import (
     End,
@@ -27,29 +30,36 @@ from extproc.core.types import (
     PeerReported,
     PeerServed,
     Prediction,
+    PrefixSource,
     Request,
-    Usage,
 )
 
 KNOWN_S: Final = 0.5
 """After so long the proxy has read of a new member: a file is written and watched, which takes some tens of milliseconds."""
 
+SLOT_S: Final = 0.05
+"""A request for a LoRA adapter that was expected to wait for longer than prefill takes, by more than this, waits for a slot."""
 
-class Pool:
+
+_WELL: Final = frozenset({State.READY, State.SLOW_STARTING, State.PROBATION})
+
+
+class Pool(Estimates):
     """Replicas that serve the same models, and what was learned of requests for them."""
 
     def __init__(self, settings: PoolSettings, changed: Changed) -> None:
         """`changed` is told of each change of a replica's health."""
+        super().__init__()
         self.settings = settings
         self.policy: Policy = create(settings.policy, settings.policy_options)
         self.fleet = Fleet(settings.scraped, settings.stale_after_s, settings.health, changed)
-        self.index = PrefixIndex()
-        self.prompt_tokens = PromptTokens()
-        self.output_tokens = OutputTokens()
-        self.response_bytes = ResponseBytes()
+        self.caches = Caches()
         self.traffic = Traffic()
         self.admission = Admission(settings.queue)
         self.scaling = Autoscaler(settings.scaling) if settings.scaling else None
+        self.disaggregation = Disaggregation(settings.disaggregation) if settings.disaggregation else None
+        """Where prefill and decode may be apart."""
+        self.lora = Lora(settings.lora)
         self.listed = False
         """Whether its members were ever told of; a pool that is not known yet is not empty."""
         self.peers = Peers()
@@ -63,6 +73,21 @@ class Pool:
         served = (name for member in self.fleet.members for name in member.models)
         return tuple(dict.fromkeys((*self.settings.models, *served)))
 
+    @property
+    def parents(self) -> dict[str, str]:
+        """LoRA adapters that replicas list, with their base models."""
+        return {name: parent for member in self.fleet.members for name, parent in member.parents.items()}
+
+    def list_adapters(self) -> None:
+        """Replicas joined, left, or list others: see who has which adapter."""
+        listed = ((member.address, member.parents) for member in self.fleet.members)
+        self.lora.listed(listed, self.settings.models)
+
+    @property
+    def index(self) -> PrefixIndex:
+        """The approximate index of the replicas' caches."""
+        return self.caches.index
+
     def configure(self, settings: PoolSettings) -> None:
         """Go on with other settings. A policy that stays keeps what it has learned."""
         before, self.settings = self.settings, settings
@@ -70,12 +95,43 @@ class Pool:
             self.policy = create(settings.policy, settings.policy_options)
         self.fleet.configure(settings.stale_after_s, settings.health)
         self.admission.configure(settings.queue)
+        self._configure_disaggregation(settings.disaggregation)
+        self.lora.configure(settings.lora)
         if settings.scaling is None:
             self.scaling = None
         elif self.scaling is None:
             self.scaling = Autoscaler(settings.scaling)
         else:
             self.scaling.configure(settings.scaling)
+
+    def _configure_disaggregation(self, settings: DisaggregationSettings | None) -> None:
+        if settings is None:
+            self.disaggregation = None
+        elif self.disaggregation is None:
+            self.disaggregation = Disaggregation(settings)
+        else:
+            self.disaggregation.configure(settings)
+
+    def candidates(self, request: Request, now: float) -> list[Member]:
+        """Who may be chosen to answer the request."""
+        if self.disaggregation is None:
+            return self._able(request, now)
+        apart = self.disaggregation.apart(request) and bool(self._prefillers(request, self.disaggregation, now))
+        return self._able(request, now, decodes if apart else self.disaggregation.alone)
+
+    def _able(self, request: Request, now: float, among: Callable[[Member], bool] | None = None) -> list[Member]:
+        """Candidates, of a LoRA adapter only those that list it."""
+        holders = self.lora.holders.get(request.model or "")
+        if holders is None:
+            return self.fleet.candidates(now, request.subset, among)
+        return self.fleet.candidates(
+            now, request.subset, lambda member: member.address in holders and (among is None or among(member))
+        )
+
+    def _prefillers(self, request: Request, disaggregation: Disaggregation, now: float) -> list[Member]:
+        """Who may compute its prompt for another. Those that are out are tried, for want of better ones, only where none can do without."""
+        found = self._able(request, now, prefills)
+        return [m for m in found if m.state(now) in _WELL] if disaggregation.settings.local_prefill else found
 
     def serves(self, model: str) -> bool:
         """Whether the pool has the model; True for any while neither configuration nor replicas have named one."""
@@ -86,27 +142,43 @@ class Pool:
             return True
         return not self.settings.models and not any(member.models for member in members)
 
-    def size(self, request: Request) -> tuple[int, float]:
-        """Expected prompt tokens, and output tokens of one sample."""
-        tokens = request.prompt_tokens
-        if tokens is None:
-            tokens = self.prompt_tokens.estimate(request.model, request.prompt_bytes or 0)
-        return tokens, self.output_tokens.estimate(
-            request.model, request.api, request.tenant, request.max_output_tokens
-        )
-
     def ask(self, request: Request, members: Sequence[Member], now: float) -> Ask:
         """Estimate what the request is in tokens, where its prefix lies, and what seconds are worth among these members."""
         tokens, output = self.size(request)
-        per_byte = tokens / request.prompt_bytes if request.prompt_bytes else 0.0
-        hits = {a: n * per_byte for a, n in self.index.match(request.blocks).items()} if request.blocks.hashes else {}
+        hits, exact = self.caches.hits(request, tokens)
         others = sum([member.strangers for member in members])
         if len(self.peers):
             others += sum([member.others.requests for member in members if member.others is not None])
         ours = sum([len(member.load) for member in members]) if others else 0
         prices = self.traffic.prices(len(members), others / max(ours, 1), now)
         slack_s = PEERS_SLACK_S if len(self.peers) else 0.0
-        return Ask(request, max(tokens, 1), output, hits, prices, slack_s)
+        ask = Ask(request, max(tokens, 1), output, hits, prices, slack_s, exact=exact)
+        if self.lora.holders:
+            ask.adapter = self.lora.wanted(request.model)
+        if self.disaggregation is not None and self.disaggregation.apart(request):
+            self.disaggregation.plan(ask, members, self._prefillers(request, self.disaggregation, now), now)
+        return ask
+
+    # --- prompts computed for others ---
+
+    def book(self, flight: Flight, ask: Ask, now: float) -> None:
+        """Reserve the replica that computes the prompt of a flight."""
+        assert ask.split is not None
+        assert self.disaggregation is not None
+        leg = book(flight, ask.split, unseen(ask.split.member, now) * ask.prices.unseen_s, now).flight
+        self.disaggregation.legs.arrived(leg.prediction.prefill_s, now)
+        self.caches.placed(leg.id, leg.address, ask.request)
+
+    def leg_computed(self, flight: Flight, replica_ttft_s: float, now: float) -> None:
+        """The first token of a split flight came."""
+        assert flight.leg is not None
+        leg, member = flight.leg.flight, self.fleet.get(flight.leg.flight.address)
+        if member is not None and member.load.has_leg(leg) and self.disaggregation is not None:
+            if flight.at == flight.address:
+                learn(self.disaggregation, flight, member, replica_ttft_s)
+            after_s = flight.leg.transfer_s + flight.prediction.prefill_s
+            member.load.leg_done(leg, max(min(flight.routed_at + replica_ttft_s, now) - after_s, flight.routed_at))
+        leg_ended(self, flight, now, begun=True, failed=False)
 
     # --- what was told and what came of requests ---
 
@@ -115,7 +187,7 @@ class Pool:
         if isinstance(fact, PeerGone):
             peer = self.peers.gone(fact.peer)
             if peer is not None:
-                self.fleet.loaded(fact.peer, peer.loads, {}, now, now)
+                self.fleet.loaded(fact.peer, dict.fromkeys(peer.loads), now, now)
                 self.fleet.judged(peer.judgements, self.peers, now)
             return
         peer = self.peers.heard(fact.peer, now)
@@ -123,8 +195,9 @@ class Pool:
             return
         match fact:
             case PeerReported(loads=loads, age_s=age_s):
-                before, peer.loads = peer.loads, {load.address: load for load in loads}
-                self.fleet.loaded(fact.peer, before, peer.loads, now - age_s, now)
+                if not fact.whole:  # what is not whole is only kept of members: so it is bounded
+                    loads = tuple(load for load in loads if self.fleet.get(load.address) is not None)
+                self.fleet.loaded(fact.peer, peer.take(loads, fact.number, fact.whole), now - age_s, now)
             case PeerJudged(judgements=judgements):
                 told = trusted(judgements, len(self.fleet))
                 known, peer.judgements = peer.judgements, {a: (j, now) for a, j in told.items()}
@@ -135,7 +208,8 @@ class Pool:
 
     def settle_prefix(self, flight: Flight, outcome: Outcome, now: float) -> None:
         """Where the prompt's blocks lie now: with whoever computed them."""
-        index, chosen = self.index, flight.address
+        index, chosen = self.caches.index, flight.address
+        self.caches.pending.remove(flight.id)
         begun = outcome.end is End.OK or flight.first_token_at is not None or bool(outcome.response_bytes)
         computed_by = (outcome.served or chosen) if begun and not failed(outcome) else None
         if computed_by != chosen:
@@ -151,38 +225,53 @@ class Pool:
         if chosen is not None and moved:
             chosen.failed(now, flight)
         if last is not None:
-            if _fell(outcome):
+            if _fell(outcome) and not (flight.leg is not None and outcome.end is End.UPSTREAM_ERROR):
                 last.failed(now, flight)
             elif outcome.end is End.OK and outcome.duration_s is not None:
                 restarted = last.answered(outcome.duration_s, now, flight)
                 if restarted:
-                    self.index.clear(last.address)
+                    self.caches.restarted(last.address, now)
         if chosen is not None:
             chosen.health.released(flight.id)
 
-    def learn_tokens(self, flight: Flight, outcome: Outcome) -> int | None:
-        """Correct the estimates by usage. Returns the output tokens, estimated from the response's size if need be."""
-        usage = outcome.usage or Usage()
-        if (
-            usage.prompt_tokens is not None
-            and flight.model is not None
-            and flight.prompt_bytes
-            and not flight.exact_tokens
-        ):
-            self.prompt_tokens.learn(flight.model, flight.prompt_bytes, usage.prompt_tokens)
-        size = outcome.response_bytes
-        if usage.completion_tokens is not None:
-            if size and whole(outcome):
-                self.response_bytes.learn(flight.model, flight.api, flight.stream, size, usage.completion_tokens)
-            output: int | None = usage.completion_tokens
-        elif size and outcome.end in (End.OK, End.CLIENT_GONE) and flight.output_tokens:
-            output = self.response_bytes.tokens(flight.model, flight.api, flight.stream, size)
-        else:
-            output = None
-        if output is not None and whole(outcome) and flight.output_tokens:
-            each = max(round(output / flight.samples), 1)
-            self.output_tokens.learn(flight.model, flight.api, flight.tenant, each)
-        return output
+
+def leg_ended(pool: Pool, flight: Flight, now: float, begun: bool, failed: bool) -> None:
+    """The prefill of a flight on another replica is over, one way or the other. `begun`: a token came, so it was computed.
+
+    `failed`: the replica that was to answer said 5xx. It does so for one that prefills and fails (llm-d's side-car), and then stands
+    for each of those that answer; so the one that prefills is suspected. Without it requests go elsewhere, and who fails then shows.
+    """
+    assert flight.leg is not None
+    leg, flight.leg = flight.leg.flight, None
+    pool.caches.pending.remove(leg.id)
+    if not begun:
+        pool.index.withdraw(leg.address, leg.blocks, leg.id)
+    member = pool.fleet.get(leg.address)
+    if member is None or not member.load.has_leg(leg):
+        return  # it left, or is another process now
+    member.load.close_leg(leg, now)
+    if begun:
+        member.worked(now)
+        member.health.succeeded(leg.routed_at, now)
+        if leg.blocks.hashes and member.state(now) is not State.GONE:
+            pool.index.keep(member.address, leg.blocks)
+    elif failed:
+        member.failed(now, leg)
+    member.health.released(leg.id)
+
+
+def learn_first_token(pool: Pool, member: Member, flight: Flight, replica_ttft_s: float) -> None:
+    """Correct what is believed of the replica's prefill, or of how long it loads a LoRA adapter, by a first token that came."""
+    predicted, speed = flight.prediction, member.speed
+    if flight.adapter is not None:
+        ahead_s = speed.base_s + flight.work_s * speed.prefill_factor - predicted.prefill_s + flight.unseen_s
+        if predicted.queue_s > ahead_s + SLOT_S:
+            return  # it waited for others to end, and nobody knows when they did
+    if predicted.load_s:
+        other_s = predicted.ttft_s - predicted.load_s
+        pool.lora.load.learn(replica_ttft_s - other_s, other_s)
+        return
+    speed.learn_ttft(flight.work_s, replica_ttft_s, predicted.queue_s, flight.unseen_s)
 
 
 def learn_speed(member: Member, flight: Flight, outcome: Outcome, output_tokens: int | None, now: float) -> None:
@@ -191,7 +280,8 @@ def learn_speed(member: Member, flight: Flight, outcome: Outcome, output_tokens:
     `output_tokens`: of all samples, reported or estimated; None when nothing tells.
     """
     usage = outcome.usage
-    if usage and usage.cached_tokens is not None and flight.hit_bytes and flight.prompt_bytes:
+    guessed = flight.prefix_source is not PrefixSource.EXACT  # what is known needs no trust, and teaches none
+    if guessed and usage and usage.cached_tokens is not None and flight.hit_bytes and flight.prompt_bytes:
         member.hit(flight.prompt_tokens * flight.hit_bytes / flight.prompt_bytes, usage.cached_tokens)
     if not flight.shows_first_token or not output_tokens or output_tokens < 8 or flight.samples > 1:
         return
@@ -204,11 +294,6 @@ def learn_speed(member: Member, flight: Flight, outcome: Outcome, output_tokens:
 def _mean(before: tuple[float, float], after: tuple[float, float]) -> tuple[float, float]:
     """The company of a request changes while it runs: halfway between what it found and what it leaves."""
     return (before[0] + after[0]) / 2, (before[1] + after[1]) / 2
-
-
-def whole(outcome: Outcome) -> bool:
-    """Whether the response is all that was to come: only such a one tells lengths and speeds."""
-    return outcome.end is End.OK and not outcome.broken
 
 
 def _fell(outcome: Outcome) -> bool:

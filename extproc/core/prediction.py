@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 from extproc.core.fleet import Member
+from extproc.core.lora import Wanted
 from extproc.core.speed import CHUNK_TOKENS
 from extproc.core.traffic import Prices
-from extproc.core.types import Prediction, Request, Sample
+from extproc.core.types import Prediction, PrefixSource, Request, Sample
 
-Parts = tuple[int, float, float, float, float, float, float]
+Parts = tuple[int, float, float, float, float, float, float, float | None]
 """The fields of a Prediction: a frozen dataclass for each candidate would cost a tenth of a decision."""
+
+
+@dataclass(slots=True)
+class Split:
+    """The prompt of a request is computed by another replica than the one that answers."""
+
+    member: Member
+    prediction: Prediction
+    """There."""
+    transfer_s: dict[str, float] = field(default_factory=dict)
+    """Replica that answers -> expected seconds to bring it what it does not have."""
 
 
 @dataclass(slots=True)
@@ -22,13 +35,19 @@ class Ask:
     output_tokens: float
     """Expected of one generation."""
     hit_tokens: dict[str, float]
-    """Replica -> tokens of the prompt's head that the index believes cached there."""
+    """Replica -> tokens of the prompt's head that the indexes say are cached there."""
     prices: Prices = field(default_factory=Prices)
     """What the parts of a cost are worth at present."""
     slack_s: float = 0.0
     """Costs no further apart than this are equal: what other routers have placed and not yet told is unknown by more."""
     parts: dict[str, Parts] = field(default_factory=dict)
     """What was predicted for this request so far; nothing changes between ranking and reservation."""
+    exact: AbstractSet[str] = frozenset()
+    """Replicas whose hits are known by what they tell of their caches, not guessed."""
+    split: Split | None = None
+    """None where the replica that answers computes the prompt as well."""
+    adapter: Wanted | None = None
+    """The LoRA adapter that it needs; None for the base model."""
 
     @property
     def tie_key(self) -> int | None:
@@ -38,8 +57,17 @@ class Ask:
 
     def cached_tokens(self, member: Member) -> int:
         """Expected hit on that replica; the engine always computes the last token itself."""
-        hit = self.hit_tokens.get(member.replica.address)
-        return min(int(hit * member.hit_trust), self.prompt_tokens - 1) if hit else 0
+        address = member.replica.address
+        hit = self.hit_tokens.get(address)
+        if not hit:
+            return 0
+        return min(int(hit if address in self.exact else hit * member.hit_trust), self.prompt_tokens - 1)
+
+    def prefix_source(self, address: str) -> PrefixSource:
+        """What told of the hit on that replica."""
+        if address in self.exact:
+            return PrefixSource.EXACT
+        return PrefixSource.APPROXIMATE if self.request.blocks.hashes else PrefixSource.NONE
 
 
 def company(member: Member, now: float) -> tuple[float, float]:
@@ -78,7 +106,7 @@ def slots_wait_s(member: Member, sample: Sample, now: float) -> float:
     """What waits beyond the prefill queue waits for places; by Little's law one frees every `turnover / running` seconds."""
     if not sample.waiting or not sample.running or member.latency_s is None:
         return 0.0
-    beyond = (member.queued(now) or 0) - member.prefilling(now)
+    beyond = (member.queued(now) or 0) - member.prefilling(now) - member.awaiting_adapter(now)
     return max(beyond, 0) * member.latency_s / sample.running
 
 
@@ -88,6 +116,16 @@ def blocks_wait_s(member: Member, sample: Sample, tokens: int, held: float) -> f
     if not capacity or not held or turnover_s is None:
         return 0.0
     return max(held + tokens - capacity, 0.0) * turnover_s / held
+
+
+def adapter_s(wanted: Wanted, member: Member, now: float) -> tuple[float, float, float]:
+    """Seconds until the replica has a slot for the LoRA adapter, of loading it, in which its whole batch stands still, and of loading
+    again the one that it pushes out.
+    """
+    held = member.load.lora
+    if held is None:
+        return 0.0, wanted.load_s, 0.0
+    return held.expected(wanted, member.fresh(now) is not None, member.latency_s, now)
 
 
 def predict(ask: Ask, member: Member, now: float) -> Prediction:
@@ -102,7 +140,7 @@ def predict(ask: Ask, member: Member, now: float) -> Prediction:
 
 def cost_s(ask: Ask, member: Member, now: float) -> float:
     """`predict(...).cost_s`, without the record: this runs once per candidate and request."""
-    return _parts(ask, member, now)[-1]
+    return _parts(ask, member, now)[6]
 
 
 def _parts(ask: Ask, member: Member, now: float) -> Parts:
@@ -119,8 +157,14 @@ def _parts(ask: Ask, member: Member, now: float) -> Parts:
         strangers, backlog_s = sequences - len(load), load.backlog_s(now)
     else:
         strangers, backlog_s = sequences - len(load) - others.requests, member.backlog_s(now)
-    queue_s = speed.base_s + max(backlog_s, capacity_wait_s(ask, member, now)) + strangers * prices.unseen_s
+    wait_s = max(backlog_s, capacity_wait_s(ask, member, now))
     prefill_s = speed.prefill_s(speed.work_s(uncached, cached, sequences, kv_tokens))
+    load_s: float | None = None
+    again_s = 0.0
+    if ask.adapter is not None:
+        slot_s, load_s, again_s = adapter_s(ask.adapter, member, now)
+        wait_s, prefill_s = max(wait_s, slot_s), prefill_s + load_s
+    queue_s = speed.base_s + wait_s + strangers * prices.unseen_s
     steps = max(ask.output_tokens - 1.0, 0.0)
     decode_factor, steps_of = speed.decode_factor, speed.prior.decode_step_s
     step_s = decode_factor * steps_of(sequences + ask.request.samples, kv_tokens + ask.prompt_tokens)
@@ -132,10 +176,10 @@ def _parts(ask: Ask, member: Member, now: float) -> Parts:
         stalled = max(prefill_s - chunks * before_s, 0.0)
         delay_s = sequences * (stalled + (step_s - before_s) * min(steps, remaining))
     # Those to come; and others' requests for which this one is what they do not see, on average half done.
-    crowding_s = prefill_s * (prices.later + strangers * prices.unseen_rate * 0.5 * prefill_s)
+    crowding_s = again_s + prefill_s * (prices.later + strangers * prices.unseen_rate * 0.5 * prefill_s)
     if backlog_s:
         flights, tokens = load.sharing_step(now, CHUNK_TOKENS)
         crowding_s += flights * speed.fill_s(min(CHUNK_TOKENS - tokens, uncached), cached)
     cost = queue_s + prefill_s + crowding_s + prices.decode * (steps * step_s + delay_s)
-    parts = ask.parts[address] = (cached, queue_s, prefill_s, steps * step_s, delay_s, crowding_s, cost)
+    parts = ask.parts[address] = (cached, queue_s, prefill_s, steps * step_s, delay_s, crowding_s, cost, load_s)
     return parts

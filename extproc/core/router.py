@@ -6,15 +6,23 @@ at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from random import Random
 from typing import Final
 
+from extproc.core.admission.admission import Turned
 from extproc.core.admission.limits import Limits
 from extproc.core.admission.queue import Entry
 from extproc.core.admission.room import crosses_at, in_time, soonest
+from extproc.core.catalog.listing import Listed
+from extproc.core.catalog.providers import Provider
+from extproc.core.catalog.settings import Target
+from extproc.core.catalog.steering import ELSEWHERE, Option, Place, Steering, Waiting, serves, too_late, useless
+from extproc.core.disaggregation import flight_of, settled, still_at_leg
+from extproc.core.estimates import whole
 from extproc.core.fleet import FAILED_OPEN, Member
 from extproc.core.flights import Flight, Ledger
 from extproc.core.health.states import Reason, State
@@ -22,11 +30,26 @@ from extproc.core.observers import Ended, HealthChanged, Observer, Quiet, Waited
 from extproc.core.patience import patience_s
 from extproc.core.peers import Placements
 from extproc.core.policies.base import Ranking
-from extproc.core.pool import Pool, came, failed, first_to_come, learn_speed, nobody_yet, starts, whole, work_of
+from extproc.core.pool import (
+    Pool,
+    came,
+    failed,
+    first_to_come,
+    learn_first_token,
+    learn_speed,
+    leg_ended,
+    nobody_yet,
+    starts,
+    work_of,
+)
 from extproc.core.prediction import Ask, company, predict, unseen
+from extproc.core.ranks import endpoint_of, on_rank_of
 from extproc.core.settings import PoolSettings as PoolSettings
 from extproc.core.types import (
     Add,
+    CacheChanged,
+    CacheUnknown,
+    CatalogConfigured,
     Change,
     Configured,
     Decision,
@@ -34,7 +57,9 @@ from extproc.core.types import (
     DrainEnded,
     End,
     Fact,
+    GpuSampled,
     GpuUsed,
+    Identified,
     Judgement,
     NotSampled,
     Outcome,
@@ -67,6 +92,8 @@ TRIAL: Final = "trial"
 """The reason of decisions for a replica that would otherwise wait in vain to show that it is well."""
 SILENT_S: Final = 3.0
 """A replica with work that gives no sign for so long is not counted on: longer than any step, or the wait between scrapes."""
+LEAVE_S: Final = 0.25
+"""Between two looks at all who wait for a pool that has nobody: a look at a full queue takes some milliseconds."""
 ENDPOINTS: Final = 3
 """Length of the list given to Envoy: the best and two alternates for its retries."""
 
@@ -89,7 +116,8 @@ class Router:
         self._pools = {
             settings.name: Pool(settings, partial(self._health_changed, settings.name)) for settings in pools
         }
-        self._first = next(iter(self._pools.values()))
+        self.steering = Steering(self._pools)
+        """Which pool or provider a request goes to."""
         self._rng = rng
         self._observer = observer or Quiet()
         self._ttl_s = flight_ttl_s
@@ -100,6 +128,8 @@ class Router:
         self._placements = Placements()
         self.limits = Limits()
         """Of tenants; only requests with an account are counted."""
+        self._leave_at: dict[str, float] = {}
+        """Pool without anybody -> when those who wait for it are looked at next for other ways."""
         self._held: dict[str, Pool] = {}
         """Ticket -> where it waits, until its turn was told."""
 
@@ -128,62 +158,122 @@ class Router:
         Or hold it: while others are held it waits for its turn behind or before them, and while all candidates would let it wait
         for longer than the pool's bound it waits for the first of them.
         """
-        pool = self._pool_of(request)
-        if pool is None:
-            return self._refuse(Reject(Refusal.UNKNOWN_MODEL, request.model, self._known_models()), None)
+        options = self.steering.options(request, self._draw)
+        if not options:
+            return self._refuse(self.steering.unknown(request, now), None)
+        place, target = options[0]
         if self._full:
-            return self._refuse(Reject(Refusal.OVERLOADED, request.model), pool)
+            return self._refuse(Reject(Refusal.OVERLOADED, request.model), place)
         if request.account is None:
-            return self._admit(pool, request, now)
-        prompt_tokens, output_each = pool.size(request)
+            verdict = self._along(options, request, now)
+            return self._refuse(verdict, place) if isinstance(verdict, Reject) else verdict
+        prompt_tokens, output_each = place.size(self.steering.aim(request, target))
         output_tokens = output_each * request.samples
         if (exceeded := self.limits.check(request, prompt_tokens, output_tokens, now)) is not None:
-            return self._refuse(exceeded, pool)
-        verdict = self._admit(pool, request, now)
+            return self._refuse(exceeded, place)
+        verdict = self._along(options, request, now)
         if isinstance(verdict, Reject):
-            return verdict
+            return self._refuse(verdict, place)
         counted = verdict.ticket if isinstance(verdict, Wait) else verdict.flight
         self.limits.take(counted, request.account, prompt_tokens + output_tokens, now)
         return verdict if isinstance(verdict, Wait) else self._with_allowance(verdict, request, now)
 
-    def _admit(self, pool: Pool, request: Request, now: float) -> Verdict:
-        """Place or hold what exceeds no limit."""
-        members = pool.fleet.candidates(now, request.subset)
+    def _along(self, options: Sequence[Option], request: Request, now: float) -> Verdict:
+        """Try one after the other. Where none takes it, or lets it wait in time, it is with the first as if that were the only one."""
+        if len(options) == 1:
+            return self._at(options[0], request, Waiting.LONG, now)
+        why: Refusal | None = None
+        for option in options:
+            verdict = self._at(option, request, Waiting.IN_TIME, now)
+            if not isinstance(verdict, Reject):
+                self._spilled(option, why)
+                return verdict
+            if verdict.refusal not in ELSEWHERE:
+                return verdict
+            why = why or verdict.refusal
+        return self._at(options[0], request, Waiting.LONG, now, again=True)
+
+    def _spilled(self, option: Option, why: Refusal | None) -> None:
+        """Count a request that went on to this option; `why` is None for the first."""
+        if why is not None and option[1] is not None:
+            self.steering.spilled[option[1].model, option[1].to, why] += 1
+
+    def _at(self, option: Option, request: Request, waiting: Waiting, now: float, again: bool = False) -> Verdict:
+        place, target = option
+        request = self.steering.aim(request, target)
+        if isinstance(place, Provider):
+            return self._provide(place, request, now)
+        return self._admit(place, request, waiting, now, again)
+
+    def _provide(self, provider: Provider, request: Request, now: float) -> Route | Reject:
+        self._count += 1
+        made = provider.route(request, f"{self._boot}-{self._count:x}", self._ttl_s, now)
+        if isinstance(made, Reject):
+            return made
+        route, flight = made
+        self._ledger.open(flight)
+        self._observer.decided(route.decision)
+        return route
+
+    def _admit(self, pool: Pool, request: Request, waiting: Waiting, now: float, again: bool) -> Verdict:
+        """Place or hold what exceeds no limit. `again`: its arrival was noted already."""
+        members = pool.candidates(request, now)
         if not members:
             if not starts(pool, request):
-                return self._refuse(self._nobody(pool, request), pool)
-            return self._hold(pool, pool.ask(request, members, now), members, now, absent=True)
+                return self._nobody(pool, request)
+            return self._hold(pool, pool.ask(request, members, now), members, waiting, now, absent=True, again=again)
         ask = pool.ask(request, members, now)
+        if waiting is not Waiting.LONG and useless(members, now):
+            came(pool, ask, members, now)
+            return Reject(Refusal.ABSENT, request.model)
         if not pool.admission.holds(request):
             return self._send(pool, ask, pool.policy.rank(ask, members, now, self._rng), now)
         absent = _unreachable(members, now) or first_to_come(pool, now)
         able = in_time(ask, members, request.slo_ttft_s, now)
         if not able and not absent:  # nor would it be in time after a wait here
-            came(pool, ask, members, now)
-            return self._refuse(pool.admission.reject(Refusal.SLO, request, now), pool)
+            if not again:
+                came(pool, ask, members, now)
+            return pool.admission.reject(Refusal.SLO, request, now)
         if pool.admission.queue or absent:
-            return self._hold(pool, ask, members, now, absent)
+            return self._hold(pool, ask, members, waiting, now, absent, again)
         ranking = pool.policy.rank(ask, able, now, self._rng)
         if not self._starts_soon(pool, ask, ranking, members, now):
-            return self._hold(pool, ask, members, now)
-        came(pool, ask, (ranking.order[0][1],), now)
+            return self._hold(pool, ask, members, waiting, now, again=again)
+        if not again:
+            came(pool, ask, (ranking.order[0][1],), now)
         return self._send(pool, ask, ranking, now)
 
     def explain(self, request: Request, now: float) -> Decision | Reject:
-        """The decision that `arrive` would take, with every candidate in it. Reserves nothing and changes nothing.
+        """The decision that `arrive` would take, with every candidate in it, or its refusal. Reserves nothing and changes nothing.
 
         Of a request that would wait first: what would be decided were it placed now.
         """
-        pool = self._pool_of(request)
-        if pool is None:
-            return Reject(Refusal.UNKNOWN_MODEL, request.model, self._known_models())
-        members = pool.fleet.candidates(now, request.subset)
+        state = self._rng.getstate()
+        try:
+            return self._explained(request, now)
+        finally:
+            self._rng.setstate(state)
+
+    def _explained(self, request: Request, now: float) -> Decision | Reject:
+        options = self.steering.options(request, self._draw)
+        if not options:
+            return self.steering.unknown(request, now)
+        pool, target = next((option for option in options if serves(option[0], request, now)), options[0])
+        request = self.steering.aim(request, target)
+        if request.account is not None:
+            prompt_tokens, output_each = pool.size(request)
+            exceeded = self.limits.would_refuse(request, prompt_tokens, output_each * request.samples, now)
+            if exceeded is not None:
+                return exceeded
+        if isinstance(pool, Provider):
+            return pool.decide(request, "", now)
+        members = pool.candidates(request, now)
         if not members:
             return self._nobody(pool, request)
         ask = pool.ask(request, members, now)
-        state = self._rng.getstate()
         ranking = pool.policy.rank(ask, members, now, self._rng)
-        self._rng.setstate(state)
+        if ask.split is not None:
+            ranking = settled(ask, ranking)
         prediction = predict(ask, ranking.order[0][1], now)
         return self._decision("", pool, ask, ranking.reason, ranking.order, prediction, now, listed=len(members))
 
@@ -240,6 +330,13 @@ class Router:
         self.finish(flight_id, Outcome(End.CLIENT_GONE), now)
         return True
 
+    def reachable(self, model: str | None) -> list[tuple[str, str | None]]:
+        """Every pool where a request for the model may go, and the LoRA adapter that it is there; None for a base model."""
+        found = self.steering.reachable(model)
+        return [
+            (pool.settings.name, name if name is not None and name in pool.parents else None) for pool, name in found
+        ]
+
     # --- facts --------------------------------------------------------------------------------------------------------
 
     def learn(self, fact: Fact, now: float) -> None:
@@ -249,6 +346,9 @@ class Router:
             return
         if isinstance(fact, Stalled):
             self._stalled(fact.for_s)
+            return
+        if isinstance(fact, CatalogConfigured):
+            self.steering.configure(fact.settings)
             return
         pool = self._pools.get(fact.pool)
         if pool is None:
@@ -272,27 +372,36 @@ class Router:
         match fact:
             case Sampled(sample=sample):
                 if member.sampled(sample, now):
-                    pool.index.clear(member.address)
+                    pool.caches.restarted(member.address, now)
                 if capacity := sample.kv_capacity_tokens:
                     model = next(iter(pool.settings.models or member.models), None)
                     per_token = pool.prompt_tokens.bytes_per_token(model)
                     pool.index.set_capacity(member.address, capacity * per_token * member.cache_share)
             case NotSampled(why=why):
                 member.not_sampled(why, now)
+            case Identified(engine=engine):
+                if member.identified(engine, now):
+                    pool.caches.restarted(member.address, now)
+            case GpuSampled():
+                member.gpu_sampled(fact, now)
             case Probed(refused=True):
                 member.health.refused(now)
             case Probed(probe=probe, ok=ok):
                 if member.probed(probe, ok, now):
-                    pool.index.clear(member.address)
+                    pool.caches.restarted(member.address, now)
             case DrainAsked(within_s=within_s):
                 member.health.drain(within_s, now)
             case DrainEnded():
                 member.health.drain_ended(now)
-            case Serves(models=models):
-                member.models = models
+            case Serves(models=models, parents=parents):
+                member.models, member.parents = models, parents
+                if parents or pool.lora.holders:
+                    pool.list_adapters()
             case Placed(blocks=blocks):
                 if member.state(now) is not State.GONE:
                     pool.index.insert(member.address, blocks)
+            case CacheChanged() | CacheUnknown():
+                pool.caches.told(fact, now)
 
     def expire(self, now: float) -> int:
         """Close the flights whose end was never reported, and notice what time has changed in the health of replicas. To be
@@ -317,11 +426,19 @@ class Router:
 
     # --- what is told to other routers --------------------------------------------------------------------------------
 
-    def report(self, pool: str, now: float) -> tuple[PeerLoad, ...]:
-        """What this router has on the replicas of a pool: absolute, and only of those that have something of it."""
-        loads = ((m.address, m.load) for m in self._pools[pool].fleet.members if len(m.load))
+    def report(self, pool: str, now: float, only: Collection[str] | None = None) -> tuple[PeerLoad, ...]:
+        """What this router has on the replicas of a pool: absolute, and of those that have something of it.
+
+        With `only` of these members instead, whether they have or not.
+        """
+        fleet = self._pools[pool].fleet
+        if only is None:
+            members = [m for m in fleet.members if m.load.requests]
+        else:
+            members = [m for address in only if (m := fleet.get(address)) is not None]
+        loads = ((m.address, m.load) for m in members)
         return tuple(
-            PeerLoad(address, len(load), load.work_s(now), load.held_tokens, load.prefilling(now))
+            PeerLoad(address, load.requests, load.work_s(now), load.held_tokens, load.prefilling(now))
             for address, load in loads
         )
 
@@ -340,15 +457,8 @@ class Router:
 
     # --- parts of the above -------------------------------------------------------------------------------------------
 
-    def _pool_of(self, request: Request) -> Pool | None:
-        if request.model is None:
-            return self._first
-        if len(self._pools) == 1:
-            return self._first if self._first.serves(request.model) else None
-        return next((pool for pool in self._pools.values() if pool.serves(request.model)), None)
-
-    def _known_models(self) -> tuple[str, ...]:
-        return tuple(model for pool in self._pools.values() for model in pool.models)
+    def _draw(self) -> int:
+        return self._rng.getrandbits(64)
 
     def _nobody(self, pool: Pool, request: Request) -> Reject:
         """No member is allowed: because there is none at all, or by the request's own hint."""
@@ -359,24 +469,40 @@ class Router:
     def _full(self) -> bool:
         return len(self._ledger) >= self._max_flights
 
-    def _refuse(self, reject: Reject, pool: Pool | None) -> Reject:
-        self._observer.refused(reject, None if pool is None else pool.settings.name)
+    def _refuse(self, reject: Reject, place: Place | None) -> Reject:
+        self._observer.refused(reject, None if place is None else place.settings.name)
         return reject
 
     def _starts_soon(self, pool: Pool, ask: Ask, ranking: Ranking, members: Sequence[Member], now: float) -> bool:
         """Whether any replica would turn to the request within the pool's bound. The best is asked first: mostly that is all."""
         admission, best = pool.admission, ranking.order[0][1]
         within_s = admission.settings.hold_above_s
+        if ask.split is not None and ask.split.member.backlog_s(now) > within_s:
+            return False
         return admission.room.free(ask, (best,), within_s, now) or admission.room.free(ask, members, within_s, now)
 
-    def _hold(self, pool: Pool, ask: Ask, members: Sequence[Member], now: float, absent: bool = False) -> Wait | Reject:
+    def _hold(
+        self,
+        pool: Pool,
+        ask: Ask,
+        members: Sequence[Member],
+        waiting: Waiting,
+        now: float,
+        absent: bool = False,
+        again: bool = False,
+    ) -> Wait | Reject:
         self._count += 1
         ticket = f"{self._boot}-w{self._count:x}"
-        came(pool, ask, members, now)
+        if not again:
+            came(pool, ask, members, now)
+        if waiting is not Waiting.LONG and absent:
+            return Reject(Refusal.ABSENT, ask.request.model)
         work = work_of(ask, members, now)
+        if waiting is Waiting.NOT or (waiting is Waiting.IN_TIME and too_late(pool.admission, ask.request, work, now)):
+            return pool.admission.reject(Refusal.DEADLINE, ask.request, now)
         verdict = pool.admission.hold(ticket, pool.settings.name, ask.request, work, absent, now)
         if isinstance(verdict, Reject):
-            return self._refuse(verdict, pool)
+            return verdict
         self._held[ticket] = pool
         entry = pool.admission.queue.get(ticket)
         assert entry is not None
@@ -385,7 +511,11 @@ class Router:
 
     def _turns(self, pool: Pool, now: float) -> list[Turn]:
         admission = pool.admission
-        ended = admission.turns(now, lambda entry: self._place(pool, entry, now), nobody_yet(pool, now))
+        absent = nobody_yet(pool, now)
+        ended = admission.turns(now, lambda entry: self._place(pool, entry, now), absent)
+        if absent and len(self.steering.catalog) and now >= self._leave_at.get(pool.settings.name, now):
+            self._leave_at[pool.settings.name] = now + LEAVE_S
+            ended += self._leaving(pool, now)
         admission.plan(now, crosses_at(pool.fleet.members, admission.settings.hold_above_s, now))
         return [self._over(pool, entry, verdict, now) for entry, verdict in ended]
 
@@ -393,9 +523,13 @@ class Router:
         """Route a held request as if it arrived now; None while there is no room. `soon`: only where it need not wait long."""
         request, admission = entry.request, pool.admission
         within_s = admission.settings.hold_above_s
-        members = pool.fleet.candidates(now, request.subset)
+        members = pool.candidates(request, now)
         if not members:
             return self._nobody(pool, request)
+        if request.target is not None and useless(members, now):
+            route = self._spill(entry, Refusal.ABSENT, now)
+            if route is not None:
+                return route
         if _unreachable(members, now):
             late = now - entry.arrived_at >= admission.settings.absent_wait_s
             return Reject(Refusal.ABSENT, request.model) if late else None
@@ -404,6 +538,8 @@ class Router:
             return None
         ask = pool.ask(request, members, now)
         if soon and not admission.room.free(ask, members, within_s, now):
+            return None
+        if soon and ask.split is not None and ask.split.member.backlog_s(now) > within_s:
             return None
         slo_s = request.slo_ttft_s
         left_s = None if slo_s is None else slo_s - (now - entry.arrived_at)
@@ -419,6 +555,8 @@ class Router:
     def _over(self, pool: Pool, entry: Entry, verdict: Route | Reject, now: float) -> Turn:
         """Tell of the end of a wait."""
         del self._held[entry.held.ticket]
+        if isinstance(verdict, Reject):
+            verdict = self._elsewhere(entry, verdict, now)
         self._observer.waited(Waited(entry.held, now - entry.arrived_at, verdict))
         if isinstance(verdict, Reject):
             self.limits.refund(entry.held.ticket)
@@ -427,6 +565,40 @@ class Router:
             self.limits.turned(entry.held.ticket, verdict.flight)
             verdict = self._with_allowance(verdict, entry.request, now)
         return Turn(entry.held.ticket, verdict)
+
+    def _elsewhere(self, entry: Entry, reject: Reject, now: float) -> Route | Reject:
+        """Route a request that waited in vain to another option, if one takes it at once."""
+        route = self._spill(entry, reject.refusal, now) if reject.refusal in ELSEWHERE else None
+        return reject if route is None else route
+
+    def _leaving(self, pool: Pool, now: float) -> list[Turned]:
+        """Those whose pool has nobody, and who can go elsewhere at once. Of those with the same target all are passed over after one cannot."""
+        ended: list[Turned] = []
+        stuck: set[Target] = set()
+        for entry in list(pool.admission.queue.order()):
+            target = entry.request.target
+            if target is None or target in stuck:
+                continue
+            route = self._spill(entry, Refusal.ABSENT, now)
+            if route is None:
+                stuck.add(target)
+            elif pool.admission.leave(entry.held.ticket, now) is not None:
+                ended.append((entry, route))
+        return ended
+
+    def _spill(self, entry: Entry, why: Refusal, now: float) -> Route | None:
+        """Route a held request to another option that takes it at once; None where there is none."""
+        if self._full:
+            return None
+        request = entry.request
+        if request.slo_ttft_s is not None:
+            request = replace(request, slo_ttft_s=request.slo_ttft_s - (now - entry.arrived_at))
+        for option in self.steering.after(request):
+            verdict = self._at(option, request, Waiting.NOT, now)
+            if isinstance(verdict, Route):
+                self._spilled(option, why)
+                return verdict
+        return None
 
     def _with_allowance(self, route: Route, request: Request, now: float) -> Route:
         """Say what is left to the tenant, where it is counted."""
@@ -438,12 +610,13 @@ class Router:
         if pool.fleet.trial_due is not None:
             ranking = _on_trial(ranking, pool.fleet.trial_due)
             pool.fleet.trial_due = None
+        if ask.split is not None:
+            ranking = settled(ask, ranking)
         best = ranking.order[0][1]
         prediction = predict(ask, best, now)
-        top = ranking.order[:ENDPOINTS]
         self._count += 1
         decision = self._decision(
-            f"{self._boot}-{self._count:x}", pool, ask, ranking.reason, top, prediction, now, listed=ENDPOINTS
+            f"{self._boot}-{self._count:x}", pool, ask, ranking.reason, ranking.order, prediction, now, listed=ENDPOINTS
         )
         pool.policy.took(ask, best)  # after the record of what it looked at
         self._reserve(decision, pool, ask, best, now)
@@ -470,7 +643,7 @@ class Router:
             api=ask.request.api,
             policy=pool.policy.name,
             reason=FAILED_OPEN if order[0][1].health.passed_over(now) else reason,
-            endpoints=tuple(member.replica.address for _, member in order[:ENDPOINTS]),
+            endpoints=_endpoints(pool, order),
             prompt_tokens=ask.prompt_tokens,
             output_tokens=ask.output_tokens,
             prediction=prediction,
@@ -481,6 +654,9 @@ class Router:
             output_p90_tokens=pool.output_tokens.p90(
                 ask.request.model, ask.request.api, ask.request.tenant, ask.request.max_output_tokens
             ),
+            target=ask.request.target,
+            prefix_source=ask.prefix_source(order[0][1].replica.address),
+            prefiller=None if ask.split is None else ask.split.member.address,
         )
 
     def _reserve(self, decision: Decision, pool: Pool, ask: Ask, member: Member, now: float) -> None:
@@ -504,31 +680,42 @@ class Router:
             work_s=(backlog_s + prediction.prefill_s) / member.speed.prefill_factor,
             unseen_s=unseen(member, now) * ask.prices.unseen_s,
             company=together,
-            exact_tokens=request.prompt_tokens is not None,
+            exact_tokens=request.prompt_tokens is not None and not request.tokenized,
+            tokenized=request.tokenized,
             routed_at=now,
             expires_at=now + self._ttl_s,
             heard_at=now,
             reported_at=now,
             output_p90_tokens=decision.output_p90_tokens,
+            target=request.target,
+            prefix_source=decision.prefix_source,
+            adapter=None if ask.adapter is None else ask.adapter.name,
+            slot_at=0.0 if ask.adapter is None else now + prediction.queue_s,
         )
         self._ledger.open(flight)
         pool.admission.sent(flight, request.priority, now)
         pool.traffic.arrived(prediction.prefill_s, now)
+        if ask.split is not None:
+            pool.book(flight, ask, now)
         member.load.open(flight, now, backlog_s)
         member.health.tried(flight.id, now)
+        pool.caches.placed(flight.id, member.replica.address, request)
         if request.blocks.hashes:
-            pool.index.insert(member.replica.address, request.blocks, flight.id)
             self._placements.add(decision.pool, member.replica.address, request.blocks)
+            if decision.prefiller is not None:
+                self._placements.add(decision.pool, decision.prefiller, request.blocks)
 
     def _hit_bytes(self, ask: Ask, member: Member) -> int:
-        hit = ask.hit_tokens.get(member.replica.address)
+        hit = ask.hit_tokens.get(member.replica.address) if ask.split is None else None
         return round(hit * (ask.request.prompt_bytes or 0) / ask.prompt_tokens) if hit else 0
 
     def _changed(self, pool: Pool, change: Change, now: float) -> None:
         pool.listed = True
         for address in pool.fleet.apply(change, now):
-            pool.index.forget(address)
+            pool.caches.forget(address)
             self._observer.left(pool.settings.name, address)
+        if pool.lora.holders:
+            pool.list_adapters()
 
     def _stalled(self, for_s: float) -> None:
         """As if the time had not passed, for all that is inferred from silence."""
@@ -538,7 +725,7 @@ class Router:
 
     def _health_changed(self, pool: str, address: str, before: State, after: State, reason: Reason) -> None:
         if after is State.GONE:
-            self._pools[pool].index.forget(address)
+            self._pools[pool].caches.gone(address)
         self._observer.health_changed(HealthChanged(pool, address, before, after, reason))
 
     def _progressed(self, fact: Progressed, now: float) -> None:
@@ -549,9 +736,11 @@ class Router:
         flight.reported_at = now
         grown = fact.response_bytes > flight.response_bytes
         flight.response_bytes = fact.response_bytes
-        if fact.served is not None and fact.served != flight.at:
-            self._sent_on(flight, fact.served, now)
-        member = self._pools[flight.pool].fleet.get(flight.at)
+        if fact.served is not None and flight.address:
+            served = on_rank_of(fact.served, flight.address)
+            if served != flight.at:
+                self._sent_on(flight, served, now)
+        member = self._pools[flight.pool].fleet.get(flight.at) if flight.address else None
         if member is None or not member.load.has(flight):
             return
         if grown:
@@ -563,7 +752,10 @@ class Router:
             self._first_token(member, flight, fact.replica_ttft_s, now)
             member.began(flight, now)
         elif fact.replica_ttft_s is None and (flight.shows_first_token or _silent(member, flight, now)):
-            member.load.still_prefilling(flight, now)
+            if flight.leg is not None:
+                still_at_leg(self._pools[flight.pool].fleet, flight, now)
+            else:
+                member.load.still_prefilling(flight, now)
 
     def _sent_on(self, flight: Flight, served: str, now: float) -> None:
         """The proxy gave it to another: its load goes along, and what it brings says nothing of the one that was chosen."""
@@ -572,6 +764,7 @@ class Router:
         if before is not None and before.load.has(flight):
             before.load.close(flight, now)
         flight.at, flight.heard_at = served, now
+        self._pools[flight.pool].caches.pending.move(flight.id, served)
         if after is not None:
             after.load.open(flight, now)
             if flight.first_token_at is not None:
@@ -579,13 +772,19 @@ class Router:
 
     def _first_token(self, member: Member, flight: Flight, replica_ttft_s: float, now: float) -> None:
         member.load.first_token(flight, min(flight.routed_at + replica_ttft_s, now))
-        if flight.prompt_bytes and flight.at == flight.address:
-            waited_s = flight.prediction.queue_s
-            member.speed.learn_ttft(flight.work_s, replica_ttft_s, waited_s, flight.unseen_s)
+        if flight.leg is not None:
+            self._pools[flight.pool].leg_computed(flight, replica_ttft_s, now)
+        elif flight.prompt_bytes and flight.at == flight.address:
+            learn_first_token(self._pools[flight.pool], member, flight, replica_ttft_s)
 
     def _end(self, flight: Flight, outcome: Outcome, now: float) -> None:
         """Everything that the end of a flight changes."""
+        if not flight.address:
+            self._end_outside(flight, outcome, now)
+            return
         pool = self._pools[flight.pool]
+        if pool.settings.ranks > 1 and outcome.served is not None:
+            outcome = replace(outcome, served=on_rank_of(outcome.served, flight.address))
         member = pool.fleet.get(flight.at)
         if member is not None and not member.load.has(flight):
             member = None  # it left and came back meanwhile: another process, which never had the flight
@@ -596,6 +795,9 @@ class Router:
             pool.scaling.first_token(outcome.ttft_s, now)
         pool.settle_prefix(flight, outcome, now)
         pool.judge(flight, outcome, moved, now)
+        if flight.leg is not None:
+            begun = outcome.end is End.OK and not failed(outcome)
+            leg_ended(pool, flight, now, begun, outcome.end is End.UPSTREAM_ERROR)
         output_tokens = pool.learn_tokens(flight, outcome)
         pool.admission.settle(flight, outcome, output_tokens)
         self.limits.settle(flight.id, outcome, flight.prompt_tokens, output_tokens)
@@ -606,6 +808,13 @@ class Router:
             learn_speed(member, flight, outcome, output_tokens, now)
         self._observer.ended(Ended(flight, outcome, moved, output_tokens))
 
+    def _end_outside(self, flight: Flight, outcome: Outcome, now: float) -> None:
+        """The same for a flight to a provider, which may no longer be configured."""
+        provider = self.steering.providers.get(flight.pool)
+        output_tokens = provider.settle(flight, outcome, now) if provider is not None else None
+        self.limits.settle(flight.id, outcome, flight.prompt_tokens, output_tokens)
+        self._observer.ended(Ended(flight, outcome, False, output_tokens))
+
     def _leave(self, member: Member, flight: Flight, outcome: Outcome, moved: bool, now: float) -> None:
         """Take the flight's load off the replica."""
         # The first byte of an error says nothing of prefill: learning from it would make a failing replica look fast.
@@ -615,6 +824,10 @@ class Router:
         member.load.close(flight, now)
 
     # --- inspection ---------------------------------------------------------------------------------------------------
+
+    def listed(self, who: Request, now: float) -> tuple[Listed, ...]:
+        """The models that can be asked for at present by whoever `who` says."""
+        return self.steering.listed(who, now)
 
     def members(self) -> Iterable[tuple[str, Member]]:
         """Every replica with the name of its pool."""
@@ -631,17 +844,39 @@ class Router:
         self.limits.check_books()
         for name, pool in self._pools.items():
             pool.admission.queue.check()
-            pool.index.check()
-            assert pool.index.addresses <= {member.address for member in pool.fleet.members}, pool
+            pool.caches.check()
+            assert pool.index.addresses | pool.caches.exact.addresses <= {
+                member.address for member in pool.fleet.members
+            }, pool
             for member in pool.fleet.members:
                 member.load.check()
                 for flight in member.load:
                     assert self._ledger.get(flight.id) is flight, flight
                     assert (flight.pool, flight.at) == (name, member.address), flight
+                for leg in member.load.legs:
+                    flight_with_leg = self._ledger.get(flight_of(leg.id))
+                    assert flight_with_leg is not None, leg
+                    assert flight_with_leg.leg is not None, leg
+                    assert (flight_with_leg.leg.flight, leg.address) == (leg, member.address), leg
         for flight in self._ledger:
+            if not flight.address:
+                continue
             at = self._pools[flight.pool].fleet.get(flight.at)
             # One that joined since then is another process at the same address: it never had the flight.
             assert at is None or at.load.has(flight) or flight.routed_at <= at.joined_at, flight
+            if flight.leg is not None:
+                leg = flight.leg.flight
+                by = self._pools[flight.pool].fleet.get(leg.address)
+                assert by is None or by.load.has_leg(leg) or leg.routed_at <= by.joined_at, leg
+
+
+def _endpoints(pool: Pool, order: Sequence[tuple[float, Member]]) -> tuple[str, ...]:
+    """The best, and where the proxy may try it again: at other addresses, which it then asks for the same data parallel rank."""
+    if pool.settings.ranks == 1:
+        return tuple([member.replica.address for _, member in order[:ENDPOINTS]])
+    best = order[0][1].address
+    apart = dict.fromkeys([endpoint_of(best), *(endpoint_of(member.address) for _, member in order)])
+    return tuple(on_rank_of(endpoint, best) for endpoint in islice(apart, ENDPOINTS))
 
 
 def _on_trial(ranking: Ranking, address: str) -> Ranking:

@@ -12,6 +12,24 @@ from extproc.core.scaling.settings import ScalingSettings
 
 
 @record
+class DisaggregationSettings:
+    """Defaults are those of the configuration (`pools[].disaggregation`), where each is explained."""
+
+    kv_bytes_per_token: float = 131_072.0
+    bandwidth_bytes_per_s: float = 12.5e9
+    latency_s: float = 0.01
+    local_prefill: bool = True
+
+
+@record
+class LoraSettings:
+    """Defaults are those of the configuration (`pools[].lora`)."""
+
+    load_s: float = 0.5
+    slots: int | None = None
+
+
+@record
 class PoolSettings:
     """Defaults are those of the configuration (`pools[]`), where each is explained."""
 
@@ -26,3 +44,8 @@ class PoolSettings:
     queue: QueueSettings = field(default_factory=QueueSettings)
     scaling: ScalingSettings | None = None
     """None: nobody asks how many replicas there should be."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    ranks: int = 1
+    """Data parallel ranks behind each address; above 1 each is a member of its own (`core/ranks.py`)."""
+    disaggregation: DisaggregationSettings | None = None
+    """None: every replica answers alone, whatever its role."""

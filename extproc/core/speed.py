@@ -117,11 +117,18 @@ class Speed:
         self._decode.fade(elapsed_s)
         self._lessons = -1
 
-    def learn_ttft(self, work_s: float, ttft_s: float, waited_s: float = 0.0, unseen_s: float = 0.0) -> None:
+    def ttft_variance(self, work_s: float, expected_s: float) -> float:
+        """How unsure what is learned here makes the logarithm of a time that was expected with so much work in it."""
+        slope = self.prefill_s(work_s) / expected_s
+        return slope * slope * self._prefill.variance + self._shared.base_variance(expected_s)
+
+    def learn_ttft(
+        self, work_s: float, ttft_s: float, waited_s: float = 0.0, unseen_s: float = 0.0, doubt: float = 0.0
+    ) -> None:
         """A first token came `ttft_s` after the replica was sent a request with `work_s` of prior prefill ahead of it.
 
         `waited_s` was predicted to be waiting, which is less sure than the work itself; `unseen_s` came on top of the work,
-        for requests of others.
+        for requests of others, or after it. `doubt`: how unsure those make the logarithm of the whole, as a variance.
         """
         if not (work_s > 0 and ttft_s > 0):
             return
@@ -130,7 +137,7 @@ class Speed:
         slope = prefill_s / expected_s
         error = max(min(math.log(ttft_s / expected_s), SURPRISE), -SURPRISE)
         noise = _PREFILL_NOISE**2 + ((_MOMENT_S + _WAIT_NOISE * waited_s) / expected_s) ** 2
-        variance = slope * slope * self._prefill.variance + shared.base_variance(expected_s) + noise
+        variance = slope * slope * self._prefill.variance + shared.base_variance(expected_s) + noise + doubt
         self._prefill.learn(error, variance, slope)
         shared.learn_base(expected_s, error, variance)
         shared.lessons += 1

@@ -10,6 +10,7 @@ from dataclasses import field
 from enum import StrEnum
 
 from extproc.core.account import Account, Allowance
+from extproc.core.catalog.settings import CatalogSettings, Target
 from extproc.core.record import record
 from extproc.core.settings import PoolSettings
 
@@ -51,10 +52,10 @@ class Blocks:
 
 @record
 class TokenBlocks:
-    """The prompt's token ids cut into blocks as the engine cuts them: `hashes[i]` covers the first `(i + 1) * size` of them."""
+    """The prompt's token ids cut into blocks: `hashes[i]` covers the first `(i + 1) * size` of them."""
 
     size: int
-    """Tokens in a block."""
+    """Tokens in a block: `core/prefix/exact.py`'s UNIT, of which engines' blocks are multiples; others are matched by nothing."""
     hashes: tuple[int, ...] = ()
     """Chained, of full blocks alone; seeded with LoRA adapter and salt (`core/prefix/exact.py`)."""
 
@@ -65,14 +66,16 @@ class Request:
 
     api: Api = Api.OTHER
     model: str | None = None
-    """As the client names it, a LoRA adapter included; None where the path is not one we read."""
+    """As the client names it, a LoRA adapter included, and once `target` is known as the engine does; None where the path is not one we read."""
     blocks: Blocks = Blocks()
     prompt_bytes: int | None = None
     """Canonical prompt, bytes; None when the body was not read."""
     prompt_tokens: int | None = None
     """Exact count, known when the client sent token ids, or the prompt was tokenized here."""
     tokens: TokenBlocks | None = None
-    """The prompt as the engine will cut it; None where it was not tokenized."""
+    """The prompt as the engine will have it; None where it was not tokenized."""
+    tokenized: bool = False
+    """`prompt_tokens` was counted here, and not by the client."""
     max_output_tokens: int | None = None
     samples: int = 1
     """Completions asked for (`n`), each generated and held separately."""
@@ -90,6 +93,27 @@ class Request:
     """Only these endpoints (`ip:port` or `ip`) may be chosen; None is no restriction, empty is none allowed."""
     account: Account | None = None
     """Whose limits it is counted for; None where there are no tenants, and for what is not counted."""
+    tier: str | None = None
+    """Of the tenant; None where there are no tenants."""
+    tools: bool = False
+    """It brings tools that the model may call."""
+    media: bool = False
+    """Something in the prompt is no text: an image, a sound, a video."""
+    quality: str | None = None
+    """What the client says of the answer that it wants; only rules of the catalog read it."""
+    target: Target | None = None
+    """Where the catalog sends it; None before that, and for models that the catalog does not have."""
+
+
+@record
+class AdaptersSampled:
+    """What a replica said of its LoRA adapters."""
+
+    slots: int
+    """Adapters that one batch may use."""
+    running: tuple[str, ...] = ()
+    waiting: tuple[str, ...] = ()
+    """Those of requests that run, and that wait; one may be among both."""
 
 
 @record
@@ -112,10 +136,18 @@ class Sample:
     prefix_hits: float | None = None
     """Counter: prompt tokens found there."""
     preemptions: float | None = None
+    cache_tokens: int | None = None
+    """Size of the KV cache where the engine tells it in tokens."""
+    adapters: AdaptersSampled | None = None
+    """None where the engine has none, or does not tell."""
+    counted_at_end: bool = False
+    """`prompt_tokens` and `generated_tokens` move when a request ends, and not while it runs: that they stand still says nothing."""
 
     @property
     def kv_capacity_tokens(self) -> int | None:
-        """KV cache size in tokens, when the engine tells both factors."""
+        """KV cache size in tokens, when the engine tells it, or both factors."""
+        if self.cache_tokens:
+            return self.cache_tokens
         return self.block_size * self.num_blocks if self.block_size and self.num_blocks else None
 
 
@@ -219,12 +251,36 @@ class NotSampled:
 
 
 @record
+class Identified:
+    """What runs there was found out, or is another engine than before."""
+
+    pool: str
+    address: str
+    engine: str | None
+    """By its metrics; None while these say nothing of use, so that only what we send there is known of its load."""
+
+
+@record
+class GpuSampled:
+    """How much the GPUs of a replica are used, on average."""
+
+    pool: str
+    address: str
+    use: float | None
+    """Share of the time with work on them, 0 to 1; None where that is no longer known."""
+    memory: float | None = None
+    """Share of their memory that is taken, 0 to 1."""
+
+
+@record
 class Serves:
     """The models (LoRA adapters included) that a replica lists."""
 
     pool: str
     address: str
     models: tuple[str, ...]
+    parents: Mapping[str, str] = field(default_factory=dict)
+    """LoRA adapter among them -> its base model, where the engine tells."""
 
 
 @record
@@ -287,6 +343,13 @@ class Configured:
 
 
 @record
+class CatalogConfigured:
+    """The models and providers are these from now on. Who waits goes on waiting where it does."""
+
+    settings: CatalogSettings
+
+
+@record
 class PeerLoad:
     """One replica as one router has loaded it: absolute, of what it sent there and has not seen end."""
 
@@ -323,6 +386,10 @@ class PeerReported:
     loads: tuple[PeerLoad, ...]
     age_s: float = 0.0
     """How long ago it was true."""
+    number: int | None = None
+    """Of the router's words, counted up: what an older one says of a replica does not count. None: it is newer than all."""
+    whole: bool = True
+    """False where it only names replicas whose load changed, and says nothing of the others."""
 
 
 @record
@@ -417,6 +484,8 @@ class CacheChanged:
     pool: str
     address: str
     changes: tuple[CacheChange, ...]
+    whole: bool = True
+    """False where blocks may be held of which nothing was told, so that what is known is the least of what is there."""
 
 
 @record
@@ -446,12 +515,15 @@ Fact = (
     Change
     | Sampled
     | NotSampled
+    | Identified
+    | GpuSampled
     | Serves
     | Progressed
     | Probed
     | DrainAsked
     | DrainEnded
     | Configured
+    | CatalogConfigured
     | GpuUsed
     | Stalled
     | PeerFact
@@ -468,6 +540,8 @@ class Refusal(StrEnum):
     """Why a request was not routed; also the metric label. The HTTP status of each is decided in `openai/errors.py`."""
 
     UNKNOWN_MODEL = "unknown_model"
+    MODEL_NOT_FOUND = "model_not_found"  # where there is a catalog: no such name, or not for this client or request
+    BUDGET = "budget"  # what may be spent on the provider in a day is spent
     NO_REPLICAS = "no_replicas"  # the pool has no member at all
     SUBSET_EMPTY = "subset_empty"  # the subset hint leaves no candidate
     ABSENT = "absent"  # members there are, but none that anything can be sent to, for as long as it was held
@@ -501,10 +575,20 @@ class Prediction:
     """What it adds to the waits of others for their first token: those who share its step, and those to come."""
     cost_s: float
     """Of the placement, for this request and the others, in seconds until a first token; `core/traffic.py` has the rates."""
+    load_s: float | None = None
+    """Of `prefill_s`, what loading its LoRA adapter takes there: 0 where the replica has it, None for the base model."""
 
     @property
     def ttft_s(self) -> float:
         return self.queue_s + self.prefill_s
+
+
+class PrefixSource(StrEnum):
+    """What told how much of a prompt is cached on a replica; also a metric label."""
+
+    EXACT = "exact"  # the replica's own KV events
+    APPROXIMATE = "approximate"  # what was sent there
+    NONE = "none"  # nothing: there was no prompt to look for
 
 
 @record
@@ -540,11 +624,17 @@ class Decision:
     candidates: tuple[Scored, ...]
     output_p90_tokens: int = 0
     """Nine of ten such generations are no longer; capped likewise, 0 for an API that generates nothing."""
+    target: Target | None = None
+    """Of the catalog's model that was asked for; None where the catalog does not have it."""
+    prefix_source: PrefixSource = PrefixSource.NONE
+    """What told how much of the prompt is cached on the first endpoint."""
+    prefiller: str | None = None
+    """Replica that computes the prompt for the first endpoint; None where that does it itself."""
 
 
 @record
 class Route:
-    """Send it to `endpoints[0]`; where that fails before it answers, to the next."""
+    """Send it to `endpoints[0]`; where that fails before it answers, to the next. Without any: to the provider that the decision names as its pool."""
 
     flight: str
     endpoints: tuple[str, ...]

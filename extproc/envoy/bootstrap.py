@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from extproc.config import Config
+from extproc.config import Config, ProviderConfig
 
 BASELINES = ("round_robin", "least_request", "random")
 """Envoy's own policies, to compare with."""
@@ -126,10 +126,14 @@ def mistakes(config: Config) -> Iterator[str]:
     for key in ("message_timeout_s", "connect_timeout_s", "stream_idle_timeout_s", "log_flush_interval_s"):
         if getattr(config.envoy, key) < 0.001:
             yield f"envoy.{key}: Envoy counts whole milliseconds; set 0.001 or more"
+    for i, provider in enumerate(config.providers):
+        yield from _provider_mistakes(f"providers[{i}]", provider)
     yield from _port_mistakes(config)
 
 
 _MOST_BYTES = 2**32 - 1 - 64 * 1024
+
+_OF_HTTP = ("host", "content-length", "content-type", "transfer-encoding", "connection")
 
 _HEADER = re.compile(r"[A-Za-z0-9!#$%&'*+.^`|~-]+")  # RFC 9110 token, less the underscore
 
@@ -139,8 +143,15 @@ def _header_mistake(key: str, name: str) -> Iterator[str]:
         yield f"{key}: {name!r} has an underscore; Envoy drops such headers before extproc sees them, so use a hyphen"
     elif not _HEADER.fullmatch(name):
         yield f"{key}: {name!r} is not the name of an HTTP header"
-    elif name.lower() in ("host", "content-length", "content-type", "transfer-encoding", "connection"):
+    elif name.lower() in _OF_HTTP:
         yield f"{key}: {name!r} belongs to HTTP itself; use one of your own, like x-session-id"
+
+
+def _provider_mistakes(key: str, provider: ProviderConfig) -> Iterator[str]:
+    if provider.timeout_s < 0.001:
+        yield f"{key}.timeout_s: Envoy counts whole milliseconds; set 0.001 or more"
+    if provider.api_key_header in _OF_HTTP:
+        yield f"{key}.api_key_header: {provider.api_key_header!r} belongs to HTTP itself; use authorization, or api-key"
 
 
 def _path_mistake(key: str, path: str) -> Iterator[str]:

@@ -41,7 +41,9 @@ from extproc.envoy.names import (
     NAMESPACE,
     PATIENCE_HEADER,
     POOL_HEADER,
+    PREFILLER_HEADER,
     PROMPT_TOKENS,
+    RANK_HEADER,
     REFUSED_DETAILS,
     REPLICA_TTFT_TAG,
     SERVED,
@@ -109,10 +111,12 @@ def event(raw: bytes, wanted: frozenset[str] = ALWAYS) -> Event:
 
 
 def _head(request: pb.ProcessingRequest, wanted: frozenset[str]) -> Head:
-    found = {}
+    found: dict[str, str] = {}
     for header in request.request_headers.headers.headers:
         if (key := header.key) in wanted:
-            found[key] = header.raw_value.decode("utf-8", "replace") or header.value
+            value = header.raw_value.decode("utf-8", "replace") or header.value
+            # One that comes twice is one with a comma (RFC 9110, 5.3): were the last to count, a client could hide another behind it.
+            found[key] = f"{found[key]},{value}" if key in found else value
     length = found.get("content-length", "")
     told = request.HasField("metadata_context")
     return Head(
@@ -194,7 +198,8 @@ def _set_destination(command: SetDestination) -> bytes:
         if steer.body is not None and large is None:
             response.request_body.response.body_mutation.body = steer.body
     metadata = response.dynamic_metadata.fields
-    metadata[LB_NAMESPACE].struct_value.fields[DESTINATION].string_value = steer.destination
+    if steer.destination != "":  # empty for a provider
+        metadata[LB_NAMESPACE].struct_value.fields[DESTINATION].string_value = steer.destination
     ours = metadata[NAMESPACE].struct_value.fields
     ours[FLIGHT].string_value = steer.flight
     if steer.strip_usage:
@@ -209,10 +214,16 @@ def _set_destination(command: SetDestination) -> bytes:
 def _change(common: pb.CommonResponse, command: SetDestination) -> None:
     """The request headers that go with the pick."""
     steer, mutation = command.steer, common.header_mutation
-    if command.in_header:
+    if command.in_header and steer.destination:
         _set_header(mutation, DESTINATION, steer.destination)
     elif steer.patience_s is not None:  # other people's gateways may have no retry to follow
         _set_header(mutation, PATIENCE_HEADER, str(max(1, round(steer.patience_s * 1e3))))
+    if steer.rank is not None:
+        _set_header(mutation, RANK_HEADER, str(steer.rank))
+    if steer.prefiller:
+        _set_header(mutation, PREFILLER_HEADER, steer.prefiller)
+    elif steer.prefiller is not None:  # under other people's gateways what a client wrote would reach the side-car
+        mutation.remove_headers.append(PREFILLER_HEADER)
     if steer.pool is not None:
         _set_header(mutation, POOL_HEADER, steer.pool)
         common.clear_route_cache = True

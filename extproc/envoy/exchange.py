@@ -19,6 +19,7 @@ the body twice to the replica when an RPC ends over unanswered pieces. And where
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import field
 from enum import Enum
 
 from extproc.core.record import record
@@ -66,11 +67,11 @@ class Head:
     path: str = ""
     content_length: int | None = None
     """Bytes; None where the client sends chunks."""
-    headers: Mapping[str, str] | None = None
-    """Only those asked for, by lower-case name."""
+    headers: Mapping[str, str] | None = field(default=None, repr=False)
+    """Only those asked for, by lower-case name. API keys are among them, so they are never shown."""
     subset: frozenset[str] | None = None
     """Endpoints that the proxy allows; None is no restriction, empty is none allowed."""
-    claims: Mapping[str, object] | None = None
+    claims: Mapping[str, object] | None = field(default=None, repr=False)
     """Payloads of verified tokens by the name under which the proxy keeps them; None where it sent none."""
 
 
@@ -80,7 +81,7 @@ class Steer:
 
     flight: str
     destination: str
-    """`ip:port[,ip:port...]`, best first."""
+    """`ip:port[,ip:port...]`, best first; empty where `pool` is a provider."""
     body: bytes | None = None
     """The body to send instead; None leaves it as it is."""
     strip_usage: bool = False
@@ -91,6 +92,11 @@ class Steer:
     """How long a replica may take to begin its response before the proxy asks the next; None for as long as it likes."""
     ratelimit: tuple[tuple[str, str], ...] = ()
     """Headers that the proxy is to add to the response."""
+    rank: int | None = None
+    """Which of the engines behind the destination; None where there is one."""
+    prefiller: str | None = None
+    """`ip:port` of the replica that computes the prompt for the destination; empty where that does it itself, so that nobody else may
+    name one, and None in pools where none could be named."""
 
 
 @record
@@ -101,11 +107,18 @@ class Refuse:
 
 
 @record
+class Reply:
+    """Answer the client with what it asks for, which is known here."""
+
+    response: HttpError
+
+
+@record
 class Pass:
     """Let the request go unrouted: the choice failed, which is no reason for the request to fail."""
 
 
-Answer = Steer | Refuse | Pass
+Answer = Steer | Refuse | Reply | Pass
 
 PASS = Pass()
 
@@ -273,6 +286,10 @@ class Rules:
     """Whether the body of this request matters."""
     too_large: HttpError
     """The answer to a body above `max_body_bytes`."""
+    refused: Callable[[Head], HttpError | None] = lambda _head: None
+    """The answer to whoever may not ask at all: then nothing of the body is waited for."""
+    passes: bool = True
+    """Whether a request may go on that was not decided."""
 
 
 LEGAL: Mapping[str, frozenset[type[Event]]] = {
@@ -337,6 +354,11 @@ class Exchange:
         """Of the request's body, as far as it is kept here."""
         return self._size if self._chunks else 0
 
+    @property
+    def settled(self) -> bool:
+        """Whether the proxy knows what becomes of the request, or never asked."""
+        return self._state in (Exchange.passing, Exchange.responding, Exchange.over) and self._flight is None
+
     def on(self, event: Event) -> Commands:
         """What to do now, in this order. Raises IllegalEvent when the event cannot come in this state."""
         if type(event) not in LEGAL[self._state.__name__]:
@@ -348,14 +370,18 @@ class Exchange:
     def starting(self, event: Event) -> Commands:
         """Nothing has come yet."""
         if not isinstance(event, HeadersArrived):
+            if not self._rules.passes and isinstance(event, BodyArrived | TrailersArrived):
+                raise IllegalEvent("starting", event)
             self._state = Exchange.passing  # a proxy that sends no headers: Envoy would ignore a pick in later parts
             return self.passing(event)
         self._head, self._mode, self._duplex_response = event.head, event.mode, event.duplex_response
         if event.end_of_stream or event.mode not in WHOLE_BODY or not self._rules.reads(event.head):
             more = event.mode in PIECEMEAL and not event.end_of_stream
             return self._decide(None, then=Exchange._pass_on if more else Exchange._end_with_headers)
+        if (error := self._rules.refused(event.head)) is not None:
+            return self._refuse(error)
         if (event.head.content_length or 0) > self._rules.max_body_bytes:
-            return self._refuse_size()
+            return self._refuse(self._rules.too_large)
         if event.mode in PIECEMEAL:
             self._state = Exchange.holding
             return ()
@@ -366,7 +392,7 @@ class Exchange:
         """The headers have passed; the body comes as one message."""
         if isinstance(event, BodyArrived):
             if not self._keep(event.data):
-                return self._refuse_size()
+                return self._refuse(self._rules.too_large)
             # Trailers may follow a complete body, so its end of stream is not always set. A proxy that does not tell its
             # mode may be streaming, though, and half a prompt would be refused as broken JSON: route it unread.
             known = self._mode is Mode.BUFFERED or event.end_of_stream
@@ -379,7 +405,7 @@ class Exchange:
         """Nothing is answered until the body is complete."""
         if isinstance(event, BodyArrived):
             if not self._keep(event.data):
-                return self._refuse_size()
+                return self._refuse(self._rules.too_large)
             return self._decide_on_all() if event.end_of_stream else ()
         if isinstance(event, TrailersArrived):
             self._trailers = True
@@ -394,9 +420,10 @@ class Exchange:
         if not isinstance(event, Decided):
             self._state = Exchange.orphaned
             return ()
-        if isinstance(event.answer, Refuse):
+        if isinstance(event.answer, Refuse | Reply):
             self._state = Exchange.over
-            return (Respond(event.answer.error), CLOSE)
+            answer = event.answer
+            return (Respond(answer.error if isinstance(answer, Refuse) else answer.response), CLOSE)
         if isinstance(event.answer, Pass):
             return self._then(self, None)
         self._flight = event.answer.flight
@@ -453,10 +480,10 @@ class Exchange:
         self._chunks.append(data)
         return self._size <= self._rules.max_body_bytes
 
-    def _refuse_size(self) -> Commands:
+    def _refuse(self, error: HttpError) -> Commands:
         self._state = Exchange.over
         self._chunks.clear()
-        return (Respond(self._rules.too_large), CLOSE)
+        return (Respond(error), CLOSE)
 
     def _finish(self) -> Commands:
         """The request is done."""

@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 from extproc.config import Config
 from extproc.core.account import Account
+from extproc.core.catalog.listing import Listed
+from extproc.core.ranks import endpoint_of, rank_of
 from extproc.core.record import record
 from extproc.core.types import Api, End, Fact, Outcome, Reject, Request, Route, Turn, Verdict, Wait
-from extproc.envoy.exchange import Answer, Data, Head, Refuse, Rules, Steer
+from extproc.envoy.exchange import Answer, Data, Head, Refuse, Reply, Rules, Steer
 from extproc.envoy.identity import Identity, Who, hashed
-from extproc.openai import body as bodies
-from extproc.openai import errors, requests
+from extproc.envoy.rewriting import NotFoundInBody, Rewriting
+from extproc.openai import errors, listing, requests
+from extproc.openai.body import Change, applied
 from extproc.openai.errors import HttpError
 from extproc.openai.keys import Keys, tenant_key
 from extproc.openai.ratelimit import allowance_headers
 from extproc.openai.reading import Reading, Task
 from extproc.openai.requests import MAX_SESSION, Limits, Parsed
+from extproc.openai.tokens import Place, Question, Tokenized
 
 PRIORITY_HEADER = "x-request-priority"
 SLO_HEADER = "x-slo-ttft-ms"
+OBJECTIVE_HEADERS = ("x-llm-d-inference-objective", "x-gateway-inference-objective")
+"""What names an InferenceObjective under the endpoint picker protocol; of both the first counts."""
+QUALITY_HEADER = "x-quality"
+MAX_QUALITY = 64
+"""Longest value of it that is kept, characters."""
 MAX_PRIORITY = 1_000_000
 """Priorities beyond are taken for this one: it orders requests, and further digits order nothing."""
 KEY_BYTES = 32
@@ -63,6 +73,12 @@ class Router(Protocol):
     def learn(self, fact: Fact, now: float) -> object:
         """Take in a fact."""
 
+    def listed(self, who: Request, now: float) -> tuple[Listed, ...]:
+        """The models that can be asked for."""
+
+    def reachable(self, model: str | None) -> list[tuple[str, str | None]]:
+        """Pools where a request for the model may go, and the LoRA adapter that it is there."""
+
 
 @dataclass
 class FakeRouter:
@@ -79,6 +95,8 @@ class FakeRouter:
     wakeup: float | None = None
     left: list[str] = field(default_factory=list)
     held: int = 0
+    models: tuple[Listed, ...] = ()
+    asked_for: list[tuple[Request, float]] = field(default_factory=list)
 
     def arrive(self, request: Request, now: float) -> Verdict:
         self.arrived.append((request, now))
@@ -115,11 +133,26 @@ class FakeRouter:
     def learn(self, fact: Fact, now: float) -> None:
         self.learned.append((fact, now))
 
+    def listed(self, who: Request, now: float) -> tuple[Listed, ...]:
+        self.asked_for.append((who, now))
+        return self.models
 
-Changed = Callable[[], bytes | None]
-"""The body to send instead, where usage is to be asked for; None where there is nothing to change."""
-Salting = Callable[[bytes | None], bytes]
-"""The body with a tenant's salt: the one given, or where that is None the client's own."""
+    def reachable(self, model: str | None) -> list[tuple[str, str | None]]:  # noqa: ARG002 - the seam's
+        return [("default", None)]
+
+
+@record
+class Ready:
+    """A request that was read and is to be decided."""
+
+    request: Request
+    rewriting: Rewriting | None = None
+    """None where the body cannot be changed any more."""
+
+    @property
+    def question(self) -> Question:
+        """What to ask of a tokenizer, but for the adapter."""
+        return Question(self.request.api, salt=self.rewriting.salt if self.rewriting is not None else None)
 
 
 @record
@@ -139,8 +172,11 @@ class Intake:
         self._router = router
         self._requests = config.requests
         self._limits = Limits(config.requests.max_json_depth, config.requests.max_prompt_blocks)
-        self._asks_usage = {pool.name: pool.usage.ask for pool in config.pools}
-        self._names_pool = len(config.pools) > 1
+        # Of a provider always: it is paid by what its usage says.
+        asked = {pool.name: pool.usage.ask for pool in config.pools}
+        self._asks_usage = {**asked, **dict.fromkeys((provider.name for provider in config.providers), True)}
+        self._apart = frozenset(p.name for p in config.pools if p.disaggregation is not None)
+        self._names_pool = config.names_cluster
         self._endpoints = config.envoy.endpoints
         # Where no other replica would be asked, the end of patience is an error for the client.
         self._rescues = config.envoy.retries > 0 and config.envoy.retry_resets and config.envoy.endpoints > 1
@@ -151,12 +187,27 @@ class Intake:
             None if tenants is None else Identity(tenants, config.requests.tenant_header, secret, self._key, keys)
         )
         self._isolates = tenants is not None and tenants.isolate_prefixes
+        self._passes = config.undecided_pass
+
+        self.configure(config)
+
+    def configure(self, config: Config) -> None:
+        """Go on with other models; nothing else is taken over."""
+        self._has_catalog = bool(config.models)
+        self._lists = self._has_catalog or len(config.pools) > 1
+        self._limits = replace(self._limits, named=not self._has_catalog)
+        self._canonical = {alias: model.name for model in config.models for alias in model.aliases}
+
+    def hashed(self, tenant: str) -> str:
+        """The name of a tenant as requests bear it."""
+        return hashed(tenant, self._key)
 
     @property
     def headers(self) -> frozenset[str]:
         """The request headers that are read, lower case."""
         tenant = self._requests.tenant_header
-        named = {PRIORITY_HEADER, SLO_HEADER, self._requests.session_header.lower()}
+        named = {PRIORITY_HEADER, SLO_HEADER, QUALITY_HEADER, self._requests.session_header.lower()}
+        named |= set(OBJECTIVE_HEADERS) if self._requests.objectives else set()
         return frozenset(
             named | ({tenant.lower()} if tenant else set()) | (self.identity.headers if self.identity else set())
         )
@@ -165,52 +216,97 @@ class Intake:
     def rules(self) -> Rules:
         """What the streams need to know."""
         limit = self._requests.max_body_bytes
-        return Rules(limit, lambda head: requests.is_read(head.method, head.path), errors.too_large(limit))
+        return Rules(
+            limit,
+            lambda head: requests.is_read(head.method, head.path),
+            errors.too_large(limit),
+            self._refused,
+            self._passes,
+        )
 
     def decide(self, head: Head, body: Data | None, now: float, rewritable: bool = False) -> Answer | Hold:
         """Steer to a replica, which opens a flight, or refuse, or hold. `now` is in the router's seconds."""
+        ready = self.read(head, body, now, rewritable)
+        return self.proceed(ready, now) if isinstance(ready, Ready) else ready
+
+    def read(self, head: Head, body: Data | None, now: float, rewritable: bool = False) -> Ready | Answer:
+        """The first half of `decide`: what the router is asked, or the answer where it is not."""
         who = self._who(head)
         if isinstance(who, HttpError):
             return Refuse(who)
+        if self._lists and (wanted := listing.asked(head.method, head.path)) is not None:
+            return Reply(listing.response(wanted, self._router.listed(self._with_head(Request(), head, 0, who), now)))
         data = None if body is None else bytes(body)  # which copies only what is a view
         parsed = requests.read(head.method, head.path, data, head.content_length, self._limits_of(who))
         if not isinstance(parsed, Parsed):
             return Refuse(errors.of_bad_request(parsed))
         request = self._with_head(parsed.request, head, len(data or b""), who)
         if data is None or not rewritable:
-            return self._decide(request, None, now)
-        salting = self._salting(who, parsed, data)
-        return self._decide(request, lambda: requests.with_usage(parsed, data), now, salting)
+            return Ready(request)
+        usage, span = partial(requests.usage_change, parsed, data), partial(requests.model_span, parsed, data)
+        return Ready(request, Rewriting(data, request.model, usage, span, self._salt(who, parsed)))
 
     def task(self, head: Head, rewritable: bool = False) -> Task | Refuse:
         """What somebody else has to read of a body, for `decide_read`; a refusal where nothing is to be read of it."""
         who = self._who(head)
         if isinstance(who, HttpError):
             return Refuse(who)
-        return Task(head.method, head.path, self._limits_of(who), rewritable and any(self._asks_usage.values()))
+        wants_usage = rewritable and any(self._asks_usage.values())
+        return Task(head.method, head.path, self._limits_of(who), wants_usage, rewritable and self._has_catalog)
 
     def decide_read(
         self, head: Head, body: Data, reading: Reading, now: float, rewritable: bool = False
     ) -> Answer | Hold:
         """As `decide`, for a body that was read elsewhere."""
-        parsed, change, who = reading.result, reading.usage, self._who(head, again=True)
+        ready = self.take(head, body, reading, rewritable)
+        return self.proceed(ready, now) if isinstance(ready, Ready) else ready
+
+    def take(self, head: Head, body: Data, reading: Reading, rewritable: bool = False) -> Ready | Refuse:
+        """As `read`, for a body that was read elsewhere."""
+        parsed, who = reading.result, self._who(head, again=True)
         if isinstance(who, HttpError):
             return Refuse(who)
         if not isinstance(parsed, Parsed):
             return Refuse(errors.of_bad_request(parsed))
         request = self._with_head(parsed.request, head, len(body), who)
-        changed = None if change is None else lambda: change.apply(body)
-        return self._decide(request, changed, now, self._salting(who, parsed, body) if rewritable else None)
+        if not rewritable:
+            return Ready(request)
+        usage, span, salt = (lambda: reading.usage), (lambda: reading.model), self._salt(who, parsed)
+        return Ready(request, Rewriting(body, request.model, usage, span, salt))
 
-    def _decide(
-        self, request: Request, changed: Changed | None, now: float, salting: Salting | None = None
-    ) -> Answer | Hold:
+    def proceed(self, ready: Ready, now: float, known: Tokenized | None = None) -> Answer | Hold:
+        """The second half of `decide`. `known`: the prompt as the engine will have it."""
+        request = ready.request
+        if known is not None:
+            by_us = request.prompt_tokens is None
+            request = replace(request, tokens=known.blocks, prompt_tokens=known.prompt_tokens, tokenized=by_us)
+        return self._decide(request, ready.rewriting, now)
+
+    def places(self, ready: Ready) -> list[Place]:
+        """Where the request may go."""
+        return [Place(pool, lora) for pool, lora in self._router.reachable(ready.request.model)]
+
+    def asked(self, head: Head, body: bytes, tenant: str | None = None, tier: str | None = None) -> Request | HttpError:
+        """What `decide` would ask the router, or the refusal. Counts nothing; `tenant` is taken to be who asks, whatever the head says."""
+        if self.identity is None or tenant is None:
+            who = self._who(head, again=True)
+        else:
+            who = self.identity.named(tenant, tier)
+        if isinstance(who, HttpError):
+            return who
+        parsed = requests.read(head.method, head.path, body, None, self._limits_of(who))
+        if not isinstance(parsed, Parsed):
+            return errors.of_bad_request(parsed)
+        return self._with_head(parsed.request, head, len(body), who)
+
+    def _decide(self, request: Request, rewriting: Rewriting | None, now: float) -> Answer | Hold:
+        """`rewriting` is None where the body cannot be changed any more."""
         verdict = self._router.arrive(request, now)
         if isinstance(verdict, Wait):
-            return Hold(verdict.ticket, lambda route: self._steered(route, changed, now, salting))
+            return Hold(verdict.ticket, lambda route: self._steered(route, request.model, rewriting, now))
         if isinstance(verdict, Reject):
             return Refuse(errors.of_refusal(verdict))
-        return self._steered(verdict, changed, now, salting)
+        return self._steered(verdict, request.model, rewriting, now)
 
     def resume(self, hold: Hold, verdict: Route | Reject) -> Answer:
         """The wait is over."""
@@ -220,9 +316,16 @@ class Intake:
         """The client left before its turn came."""
         self._router.leave(hold.ticket, now)
 
-    def _steered(self, route: Route, changed: Changed | None, now: float, salting: Salting | None) -> Answer:
+    def _steered(self, route: Route, asked: str | None, rewriting: Rewriting | None, now: float) -> Answer:
+        """`asked` is the model as the client names it."""
+        if rewriting is None and route.decision.target is not None and route.decision.model != asked:
+            self.abandon(route.flight, now)
+            return Refuse(errors.not_renamed())
         try:
-            return self._steer(route, changed, salting)
+            return self._steer(route, rewriting)
+        except NotFoundInBody:
+            self.abandon(route.flight, now)
+            return Refuse(errors.of_bad_request(errors.NAME_NOT_FOUND))
         except Exception:
             self.abandon(route.flight, now)  # the request passes unrouted, and nobody would report its end
             raise
@@ -231,17 +334,29 @@ class Intake:
         """End a flight that the proxy never heard of: the client left before the answer."""
         self._router.finish(flight, Outcome(End.CLIENT_GONE), now)
 
-    def _steer(self, route: Route, changed: Changed | None, salting: Salting | None) -> Steer:
+    def _steer(self, route: Route, rewriting: Rewriting | None) -> Steer:
         pool = route.decision.pool
-        asking = changed() if changed is not None and self._asks_usage.get(pool, False) else None
+        asking: list[Change] = []
+        others: list[Change] = []
+        if rewriting is not None:
+            asking = rewriting.asking() if self._asks_usage.get(pool, False) else []
+            others = rewriting.renaming(route.decision.model) if route.decision.target is not None else []
+            others += rewriting.salting() if route.endpoints else []  # no provider knows that key
+        changes = [*asking, *others]
+        destination, rank = ",".join(route.endpoints[: self._endpoints]), None
+        if "/" in destination:  # data parallel ranks
+            rank = rank_of(destination.partition(",")[0])
+            destination = ",".join(map(endpoint_of, destination.split(",")))
         return Steer(
             flight=route.flight,
-            destination=",".join(route.endpoints[: self._endpoints]),
-            body=asking if salting is None else salting(asking),
-            strip_usage=asking is not None,
+            destination=destination,
+            body=applied(rewriting.body, changes) if rewriting is not None and changes else None,
+            strip_usage=bool(asking),
             pool=pool if self._names_pool else None,
             patience_s=route.patience_s if self._rescues else None,
             ratelimit=allowance_headers(route.allowance),
+            rank=rank,
+            prefiller=route.decision.prefiller or ("" if pool in self._apart else None),
         )
 
     # --- who asks ---
@@ -249,8 +364,14 @@ class Intake:
     def accounts(self, head: Head) -> list[Account]:
         """Every account that the request may be counted for, before its model is known; none where it is not counted."""
         who = self._who(head, again=True)
-        counted = isinstance(who, Who) and head.method not in UNCOUNTED
-        return who.plan.accounts(who.tenant) if counted and isinstance(who, Who) else []
+        return who.plan.accounts(who.tenant) if isinstance(who, Who) and head.method not in UNCOUNTED else []
+
+    def _refused(self, head: Head) -> HttpError | None:
+        """401 for whoever is not known, before the body is sent: it would take up room for nothing."""
+        if not isinstance(self._who(head, again=True), HttpError):
+            return None
+        who = self._who(head)  # now it counts, for nothing else will be asked of it
+        return who if isinstance(who, HttpError) else None
 
     def _who(self, head: Head, again: bool = False) -> Who | HttpError | None:
         """None where there are no tenants. `again` does not count it as another request."""
@@ -261,29 +382,39 @@ class Intake:
     def _limits_of(self, who: Who | None) -> Limits:
         if who is None or not self._isolates:
             return self._limits
-        return Limits(self._limits.max_depth, self._limits.max_blocks, who.tenant)
+        return replace(self._limits, salt=who.tenant)
 
-    def _salting(self, who: Who | None, parsed: Parsed, body: Data) -> Salting | None:
-        """Put the tenant's salt into the body, where engines are to keep their caches apart."""
+    def _salt(self, who: Who | None, parsed: Parsed) -> str | None:
+        """What is to go into the body, where engines are to keep their caches apart."""
         if who is None or not who.cache_salt or parsed.request.api not in SALTED:
             return None
         assert self.identity is not None
-        salt = self.identity.salt(who, parsed.cache_salt)
-        return lambda changed: bodies.salted(body if changed is None else changed, salt)
+        return self.identity.salt(who, parsed.cache_salt)
 
     def _of_tenant(self, request: Request, head: Head, who: Who) -> dict[str, object]:
         """What its tenant makes of a request."""
         headers, plan = head.headers or {}, who.plan
-        asked = _priority(headers.get(PRIORITY_HEADER))
+        asked = self._priority(headers)
         if asked is None and request.priority:
             asked = request.priority
         counted = head.method not in UNCOUNTED
         return {
             "tenant": who.tenant,
-            "account": plan.account(who.tenant, request.model) if counted else None,
+            "tier": plan.tier,
+            "account": plan.account(who.tenant, self._canonical.get(request.model or "", request.model))
+            if counted
+            else None,
             "priority": plan.priority if asked is None else min(asked, plan.priority),
             "slo_ttft_s": _slo_s(headers.get(SLO_HEADER)) or plan.slo_ttft_s,
         }
+
+    def _priority(self, headers: Mapping[str, str]) -> int | None:
+        """What the headers ask for; None where they ask for none."""
+        asked = _priority(headers.get(PRIORITY_HEADER))
+        if asked is not None or not self._requests.objectives:
+            return asked
+        objective = next((headers[name] for name in OBJECTIVE_HEADERS if name in headers), "")
+        return self._requests.objectives.get(objective)
 
     def _with_head(self, request: Request, head: Head, body_bytes: int, who: Who | None) -> Request:
         """The request with what its headers say; those of the body stand where the headers are silent."""
@@ -292,10 +423,12 @@ class Intake:
         session = headers.get(self._requests.session_header.lower())
         if session and len(session) <= MAX_SESSION:
             changes["session"] = session
-        if (priority := _priority(headers.get(PRIORITY_HEADER))) is not None:
+        if (priority := self._priority(headers)) is not None:
             changes["priority"] = priority
         if (slo_s := _slo_s(headers.get(SLO_HEADER))) is not None:
             changes["slo_ttft_s"] = slo_s
+        if self._has_catalog and (quality := headers.get(QUALITY_HEADER)):
+            changes["quality"] = quality[:MAX_QUALITY]
         tenant = self._requests.tenant_header
         if who is not None:
             changes |= self._of_tenant(request, head, who)

@@ -49,6 +49,10 @@ LOG_CLUSTER = "extproc_log"
 
 PATIENCE_HEADER = "x-envoy-upstream-rq-per-try-timeout-ms"
 """Request header, milliseconds: Envoy's router gives a replica so long to begin its response, then asks the next; it takes the header away."""
+RANK_HEADER = "x-data-parallel-rank"
+"""Request header by which vLLM and SGLang are told which of their data parallel ranks is to take it."""
+PREFILLER_HEADER = "x-prefiller-host-port"
+"""Request header, `ip:port`: llm-d's side-car beside the replica has the prompt computed there first, and brings its KV cache."""
 REFUSED_DETAILS = "extproc"
 """Envoy's response code details of what extproc answered itself."""
 
@@ -67,3 +71,13 @@ PRIVATE_HEADERS = (
 def cluster_name(pool: str) -> str:
     """Envoy's cluster of a pool."""
     return f"pool_{pool}"
+
+
+def provider_cluster(provider: str) -> str:
+    """Envoy's cluster of a provider."""
+    return f"provider_{provider}"
+
+
+def provider_key(provider: str) -> str:
+    """Envoy's name for the API key of a provider."""
+    return f"provider_{provider}_key"

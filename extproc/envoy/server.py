@@ -1,7 +1,8 @@
 """grpc.aio around the pure parts: reads messages, performs commands, counts. Nothing is decided here.
 
 Whatever comes in, an RPC ends with OK: Envoy then lets the request pass as if we had not been asked, while an error status would turn it
-into a 500 unless the proxy is told to fail open.
+into a 500 unless the proxy is told to fail open. Where no request may pass undecided (`Config.undecided_pass`) it is answered with an
+error first.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from extproc.envoy.exchange import (
     Answer,
     Close,
     Commands,
+    Data,
     Decide,
     Decided,
     Delayed,
@@ -37,9 +39,11 @@ from extproc.envoy.exchange import (
 )
 from extproc.envoy.health import Health
 from extproc.envoy.holding import Holding
-from extproc.envoy.intake import Hold, Intake, Router
+from extproc.envoy.intake import Hold, Intake, Ready, Router
 from extproc.envoy.reading import AtOnce, Reader
+from extproc.envoy.tokenizing import Tokenizing
 from extproc.openai import errors
+from extproc.openai.errors import HttpError
 from extproc.openai.reading import NotRead
 
 log = logging.getLogger(__name__)
@@ -63,6 +67,7 @@ Clock = Callable[[], float]
 """Seconds on the router's scale."""
 OVERLOADED = Refuse(errors.of_refusal(Reject(Refusal.OVERLOADED)))
 """The answer where this process, and not the replicas, has too much to do."""
+STOPPING = errors.of_refusal(Reject(Refusal.STOPPING))
 
 
 @dataclass(slots=True)
@@ -73,16 +78,18 @@ class StreamCounts:
     steered: int = 0
     refused: int = 0
     """Answered by us with an error."""
+    replied: int = 0
+    """Answered by us with what was asked for: the models that there are."""
     overloaded: int = 0
-    """Of these, those for which this process had no room: too many streams, too many bytes of bodies, or nobody free to read a large one."""
+    """Of the refused, those for which this process had no room: too many streams, too many bytes of bodies, or nobody free to read a large one."""
     cut: int = 0
-    """Ended by us, undecided, because this process had to end; the request passed unrouted."""
+    """Ended by us, undecided, because this process had to end; the request passed unrouted, or was refused where it must not."""
     abandoned: int = 0
     """Decided, but the client had left before the answer was sent."""
     unexpected: int = 0
-    """Ended early because the proxy sent what cannot be read or cannot come; the request passed unrouted."""
+    """Ended early because the proxy sent what cannot be read or cannot come; as with `cut`."""
     failed: int = 0
-    """A mistake of ours; the request passed unrouted."""
+    """A mistake of ours; as with `cut`."""
 
 
 class Complaints:
@@ -112,17 +119,22 @@ class Server:
         reader: Reader | None = None,
         before: Callable[[Head], Awaitable[None]] | None = None,
         also: tuple[rpc.Service, ...] = (),
+        tokenizing: Tokenizing | None = None,
     ) -> None:
         """`on_decided` gets the seconds that each decision took, the reading of the body included unless `reader` read it: those above
         `requests.large_body_bytes`. `before` is awaited before each decision. `also`: further
-        services on the address.
+        services on the address. `tokenizing`: who is asked for the tokens of prompts; None: nobody.
         """
         self._also = also
+        self._tokenizing = tokenizing
         self._before = before
         self._address = config.listen.grpc
         self._limit = config.requests.max_body_bytes + HEADROOM_BYTES
         self._intake = intake
         self._rules = intake.rules
+        self._undecided: Answer = PASS if self._rules.passes else Refuse(errors.internal())
+        """The answer after a mistake of ours."""
+        self._fate = "the request passes unrouted" if self._rules.passes else "the request is refused"
         self._wanted = codec.ALWAYS | intake.headers
         self._router = router
         self._clock = clock
@@ -225,16 +237,25 @@ class Server:
             if not self._hurried.is_set():
                 raise  # the proxy left
             self.streams.cut += 1
+            await self._give_up(exchange, context, STOPPING)
         except (codec.Unreadable, IllegalEvent) as e:
             self.streams.unexpected += 1
-            self._complaints.about("the proxy sent what we cannot answer; the request passes unrouted", e)
+            self._complaints.about(f"the proxy sent what we cannot answer; {self._fate}", e)
+            await self._give_up(exchange, context, errors.internal())
         except Exception as e:
             self.streams.failed += 1
-            self._complaints.about("a stream failed; the request passes unrouted", repr(e), trace=True)
+            self._complaints.about(f"a stream failed; {self._fate}", repr(e), trace=True)
+            await self._give_up(exchange, context, errors.internal())
         finally:
             self._open.discard(task)
             claim.close()
             self._abandon(exchange.on(ENDED))
+
+    async def _give_up(self, exchange: Exchange, context: rpc.Context, error: HttpError) -> None:
+        """Answer a request that nothing was decided on, unless it may pass."""
+        if not self._rules.passes and not exchange.settled:
+            self.streams.refused += 1
+            await context.write(codec.answer(Respond(error)))
 
     async def _next(self, exchange: Exchange, context: rpc.Context) -> Commands | None:
         """What to do about the next message, of which no name here keeps a second copy; None at the end."""
@@ -263,7 +284,9 @@ class Server:
                 self.streams.steered += 1
                 exchange.on(DELIVERED)
             elif isinstance(command, Respond):
-                self.streams.refused += 1
+                refused = command.error.status >= 400
+                self.streams.refused += refused
+                self.streams.replied += not refused
             try:
                 await context.write(message)
             except asyncio.CancelledError:
@@ -290,7 +313,9 @@ class Server:
         if self._before is not None:
             await self._before(command.head)
         if body is None or len(body) <= self._large_bytes:
-            return self._decide(lambda now: intake.decide(command.head, body, now, command.rewritable))
+            if self._tokenizing is None or body is None:
+                return self._decide(lambda now: intake.decide(command.head, body, now, command.rewritable))
+            return await self._precisely(lambda now: intake.read(command.head, body, now, command.rewritable), body)
         task = intake.task(command.head, command.rewritable)
         if isinstance(task, Refuse):
             return task
@@ -302,21 +327,43 @@ class Server:
             return OVERLOADED
         if reading is NotRead.FAILED:  # nothing is known against it
             self.streams.failed += 1
-            self._complaints.about("a large body could not be read; the request passes unrouted", repr(self._reader))
-            return PASS
-        return self._decide(lambda now: intake.decide_read(command.head, body, reading, now, command.rewritable))
+            self._complaints.about(f"a large body could not be read; {self._fate}", repr(self._reader))
+            return self._undecided
+        if self._tokenizing is None:
+            return self._decide(lambda now: intake.decide_read(command.head, body, reading, now, command.rewritable))
+        return await self._precisely(lambda _: intake.take(command.head, body, reading, command.rewritable), body)
 
-    def _decide(self, choose: Callable[[float], Answer | Hold]) -> Answer | Hold:
+    async def _precisely(self, read: Callable[[float], Ready | Answer], body: Data) -> Answer | Hold:
+        """Decide with the prompt as the engine will have it, where that is known in time."""
+        assert self._tokenizing is not None
+        began = self._clock()
+        try:
+            ready = read(began)
+        except Exception as e:
+            return self._mistaken(e)
+        if not isinstance(ready, Ready):
+            return ready
+        reading_s = self._clock() - began
+        known = None
+        if places := self._intake.places(ready):
+            known = await self._tokenizing.tokens(places, ready.question, body)
+        return self._decide(lambda now: self._intake.proceed(ready, now, known), reading_s)
+
+    def _decide(self, choose: Callable[[float], Answer | Hold], before_s: float = 0.0) -> Answer | Hold:
+        """`before_s`: what of the decision was done already, seconds."""
         began = self._clock()
         try:
             answer = choose(began)
-            self._on_decided(self._clock() - began)
+            self._on_decided(self._clock() - began + before_s)
         except Exception as e:
-            self.streams.failed += 1
-            self._complaints.about("a decision failed; the request passes unrouted", repr(e), trace=True)
-            return PASS
+            return self._mistaken(e)
         self.holding.poke()  # it may have taken the place of one that waits
         return answer
+
+    def _mistaken(self, error: Exception) -> Answer:
+        self.streams.failed += 1
+        self._complaints.about(f"a decision failed; {self._fate}", repr(error), trace=True)
+        return self._undecided
 
     async def _turn(self, hold: Hold, exchange: Exchange, context: rpc.Context) -> Answer:
         """The answer to a request that waits, when its turn has come."""
@@ -331,8 +378,8 @@ class Server:
             return self._intake.resume(hold, verdict)
         except Exception as e:
             self.streams.failed += 1
-            self._complaints.about("a decision failed; the request passes unrouted", repr(e), trace=True)
-            return PASS
+            self._complaints.about(f"a decision failed; {self._fate}", repr(e), trace=True)
+            return self._undecided
 
     def _left(self, hold: Hold, turn: asyncio.Future[Route | Reject]) -> None:
         now = self._clock()

@@ -10,12 +10,14 @@ import asyncio
 import itertools
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, suppress
-from typing import Final, Self, TypeAlias
+from typing import TYPE_CHECKING, Final, Self, TypeAlias
 
+import orjson
 from aiohttp import web
 
+from extproc.config import ConfigError
 from extproc.sim import text, vllm_replies, vllm_requests
 from extproc.sim.engine import Engine, EngineRequest
 from extproc.sim.realtime import Flow, RealtimeEngine
@@ -24,6 +26,9 @@ from extproc.sim.vllm_errors import ApiError, failing
 from extproc.sim.vllm_metrics import Metrics
 from extproc.sim.vllm_replies import Answer, Reply, Reporting
 from extproc.sim.vllm_requests import Job, Limits, Reader
+
+if TYPE_CHECKING:
+    from extproc.sim.kv_publisher import Chains, KvPublisher
 
 __all__ = ["Backend", "BackendSpec", "load_specs", "serve"]
 
@@ -42,10 +47,13 @@ class Backend:
         self.spec = spec
         self.fail_with = spec.fail_with
         self.drop_usage = spec.drop_usage
-        self.engine = Engine(spec.engine_config())
+        self.publisher: KvPublisher | None = None
+        """Of KV events, where the replica tells them."""
+        self._chains: Chains | None = None
+        self.engine = Engine(spec.engine_config()) if spec.kv_events is None else self._telling(spec, spec.kv_events)
         self.realtime = RealtimeEngine(self.engine, spec.time_scale)
         self.realtime.hang = spec.hang
-        self.metrics = Metrics(self.realtime, spec.model, spec.adapters)
+        self.metrics = Metrics(self.realtime, spec.model)
         self.in_flight = 0
         """Completions accepted and not ended."""
         self.served = 0
@@ -84,12 +92,20 @@ class Backend:
         await site.start()
         self.port = self._runner.addresses[0][1]
         self.realtime.start()
+        if self.publisher is not None:
+            try:
+                self.publisher.start()
+            except OSError:
+                await self.stop()
+                raise
 
     async def stop(self) -> None:
         """Refuse connections and break off what runs."""
         if self._runner:
             await self._runner.cleanup()
         await self.realtime.stop()
+        if self.publisher is not None:
+            await self.publisher.stop()
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -112,7 +128,20 @@ class Backend:
         get("/version", self._version, allow_head=False)
         get("/v1/models", self._models, allow_head=False)
         get("/load", self._load, allow_head=False)
+        get("/kv_event_sources", self._kv_event_sources, allow_head=False)
         return app
+
+    def _telling(self, spec: BackendSpec, port: int) -> Engine:
+        """An engine whose KV events are published. Raises ConfigError without pyzmq."""
+        try:
+            from extproc.sim.kv_publisher import Chains, KvPublisher, ToldEngine
+        except ModuleNotFoundError:
+            raise ConfigError("kv_events: needs the package pyzmq; pip install 'extproc[events]'") from None
+        config = spec.engine_config()
+        replay = (port + 1 if port else 0) if spec.kv_replay is None else spec.kv_replay
+        self.publisher = KvPublisher(spec.host, port, replay)
+        self._chains = Chains(config.block_size, spec.adapters)
+        return ToldEngine(config, self._chains, self.publisher)
 
     # --- completions --------------------------------------------------------------------------------------------------
 
@@ -203,9 +232,23 @@ class Backend:
             text.block_hashes(job.prompts[a.index // job.samples] + a.text, size, job.model, job.salt) for a in answers
         ]
         return {
-            (i := next(self._numbers)): (a, EngineRequest(i, a.prompt_tokens, len(a.text) // text.TOKEN_BYTES, hashes))
+            (i := next(self._numbers)): (a, self._engine_request(i, a, hashes, job.model))
             for a, hashes in zip(answers, hashed, strict=True)
         }
+
+    def _engine_request(self, number: int, answer: Answer, hashes: Sequence[int], model: str) -> EngineRequest:
+        adapter = model if model in self.spec.adapters else None
+        tokens = len(answer.text) // text.TOKEN_BYTES
+        return EngineRequest(number, answer.prompt_tokens, tokens, hashes, adapter=adapter)
+
+    def tells(self, job: Job, sequences: Iterable[tuple[Answer, EngineRequest]]) -> list[Callable[[], None]]:
+        """KV events may name what these hold from now on, until each of the results is called."""
+        if self._chains is None:
+            return []
+        return [
+            self._chains.enter(r.hashes, job.prompts[a.index // job.samples] + a.text, job.model, job.salt)
+            for a, r in sequences
+        ]
 
     # --- everything else ----------------------------------------------------------------------------------------------
 
@@ -227,6 +270,18 @@ class Backend:
     async def _load(self, _: web.Request) -> web.Response:
         return _json(b'{"server_load":%d}' % self.in_flight)
 
+    async def _kv_event_sources(self, _: web.Request) -> web.Response:
+        if self.publisher is None:
+            return _json(b"{}")
+        source = {
+            "enable_kv_cache_events": True,
+            "publisher": "zmq",
+            "endpoint": self.publisher.endpoint,
+            "replay_endpoint": self.publisher.replay_endpoint,
+            "topic": self.publisher.topic,
+        }
+        return _json(orjson.dumps({"0": source}))
+
 
 class _Run:
     """The sequences of one HTTP request in the engine, from submission to withdrawal: leaving it in any way frees them."""
@@ -234,21 +289,23 @@ class _Run:
     def __init__(self, backend: Backend, job: Job, answers: list[Answer], every: bool) -> None:
         self._backend, self._job = backend, job
         self._sequences = backend.engine_requests(job, answers)
+        self._told: list[Callable[[], None]] = []
         self._flow = Flow(every)
         self._open = len(self._sequences)
         self._started = time.monotonic()
 
     def __enter__(self) -> Self:
         self._backend.realtime.submit((request for _, request in self._sequences.values()), self._flow)
+        self._told = self._backend.tells(self._job, self._sequences.values())
         self._backend.in_flight += 1
         self._backend.served += 1
-        self._backend.metrics.adapters.begin(self._job.model)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._backend.realtime.withdraw(self._sequences)
+        for forget in self._told:
+            forget()
         self._backend.in_flight -= 1
-        self._backend.metrics.adapters.end(self._job.model)
 
     async def next(self) -> list[tuple[Answer, int]]:
         """Answers and the positions of their new tokens; empty when all have ended."""

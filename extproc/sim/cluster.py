@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Final
 
@@ -24,19 +24,23 @@ from extproc.core.types import (
     Decision,
     End,
     Outcome,
+    PrefixSource,
     Progressed,
     Refusal,
     Reject,
     Request,
     Route,
+    TokenBlocks,
     Usage,
     Wait,
 )
 from extproc.core.types import Turn as EndOfWait
 from extproc.openai import errors
+from extproc.sim.disaggregation import Link, Links
 from extproc.sim.elastic import Elastic, Scaling
 from extproc.sim.engine import EngineRequest, Token
 from extproc.sim.incidents import Incident, Kind, newcomers
+from extproc.sim.kv_events import CacheFact, Telling, token_blocks
 from extproc.sim.node import Node, NodeSpec
 from extproc.sim.sharing import Store
 from extproc.sim.sidecar import MODEL, POOL, Sidecar, Wiring
@@ -63,6 +67,8 @@ class Scenario:
     """At what second the process of which router (from 1) ends. Its clients go to the others, who learn nothing of its flights."""
     wiring: Wiring = field(default_factory=Wiring)
     incidents: tuple[Incident, ...] = ()
+    link: Link = field(default_factory=Link)
+    """What KV caches travel over from a replica that computes a prompt for another; what the routers take it for is `wiring`'s."""
     scaling: Scaling | None = None
     """Who decides how many of the replicas there are; None where all are, from the start."""
     oracle_lengths: bool = False
@@ -100,6 +106,8 @@ class Served:
     predicted_cached_tokens: int | None
     predicted_ttft_s: float | None
     """From the moment at which its replica was chosen."""
+    prefix_source: PrefixSource | None = None
+    """What told of the predicted cached tokens."""
     held_s: float | None = None
     """How long it waited for that; None when it was not held."""
     refusal: Refusal | None = None
@@ -122,6 +130,10 @@ class _Call:
     decision: Decision | None = None
     attempts: int = 0
     node: Node | None = None
+    leg: Node | None = None
+    """Another that computes its prompt now."""
+    split: bool = False
+    """Its prompt was, or is, computed by another replica."""
     scheduled_s: float | None = None
     first_token_s: float | None = None
     cached_tokens: int | None = None
@@ -165,7 +177,12 @@ class Cluster:
         self._scenario = scenario
         self._trace = trace = scenario.trace
         self._timeline = timeline = Timeline()
-        self._nodes = {spec.replica.address: Node(spec, timeline, self) for spec in scenario.fleet}
+        events, blocks = scenario.wiring.events, {s.replica.address: s.engine.block_size for s in scenario.fleet}
+        self._telling = (
+            Telling(events, POOL, blocks, timeline, self._hear, scenario.seed) if events is not None else None
+        )
+        told = self._telling.tell if self._telling is not None else None
+        self._nodes = {spec.replica.address: Node(spec, timeline, self, told) for spec in scenario.fleet}
         self._places = tuple(self._nodes.values())
         absent = newcomers(scenario.incidents)
         if scenario.scaling is not None:
@@ -189,6 +206,7 @@ class Cluster:
         self._held: dict[tuple[int, str], _Call] = {}
         """By router and ticket."""
         self._served: list[Served] = []
+        self._links = Links(scenario.link)
         self._next_of: dict[int, list[int]] = defaultdict(list)
         self._arrived = 0
         self._plan()
@@ -294,11 +312,14 @@ class Cluster:
         if self._scenario.wiring.estimate_error:
             factor = self._misjudged(number)
             ends, prompt_bytes = tuple(round(end * factor) for end in ends), max(round(prompt_bytes * factor), 1)
+        tokenized = self._telling is not None
         return Request(
             api=Api.CHAT,
-            model=MODEL,
+            model=turn.adapter or MODEL,
             blocks=Blocks(hashes[:known], ends),
             prompt_bytes=prompt_bytes,
+            prompt_tokens=turn.prompt_tokens if tokenized else None,
+            tokens=self._tokens(turn) if tokenized else None,
             max_output_tokens=turn.output_tokens if self._scenario.oracle_lengths else None,
             stream=True,
             session=turn.session,
@@ -307,6 +328,10 @@ class Cluster:
             slo_ttft_s=self._scenario.slo_ttft_s,
             body_bytes=prompt_bytes,
         )
+
+    def _tokens(self, turn: Turn) -> TokenBlocks:
+        size = self._trace.block_size // self._ratio
+        return token_blocks(turn.hashes(self._ratio)[: turn.prompt_tokens // size], size)
 
     def _misjudged(self, number: int) -> float:
         """By how much the prompt of a turn seems longer than it is; the same whatever the policy and the order of arrivals."""
@@ -331,14 +356,51 @@ class Cluster:
         if node.failing:
             self._end(call, End.UPSTREAM_ERROR, 500)
             return
+        assert call.decision is not None
         hashes = turn.hashes(self._ratio)
-        if node.submit(EngineRequest(call.number, turn.prompt_tokens, turn.output_tokens, hashes)):
-            self._end(call, End.CLIENT_ERROR, 400)
+        request = EngineRequest(call.number, turn.prompt_tokens, turn.output_tokens, hashes, adapter=turn.adapter)
+        if call.decision.prefiller is not None:
+            node = call.leg = self._nodes[call.decision.prefiller]
+            call.split, request = True, replace(request, output_tokens=1)
+        if not self._submit(call, node, request):
             return
-        if node.hung:
-            self._timeline.at(self._timeline.now + IDLE_TIMEOUT_S, self._time_out, call)
         if interval := self._scenario.wiring.progress_interval_s:
             self._timeline.at(self._timeline.now + interval, self._progress, call)
+
+    def _submit(self, call: _Call, node: Node, request: EngineRequest) -> bool:
+        """Whether the replica takes it."""
+        if not node.up or node.failing:  # where a prompt is computed for another: whoever waits for it tells
+            self._end(call, End.UPSTREAM_ERROR, 502)
+            return False
+        if node.submit(request):
+            self._end(call, End.CLIENT_ERROR, 400)
+            return False
+        if node.hung:
+            self._timeline.at(self._timeline.now + IDLE_TIMEOUT_S, self._time_out, call)
+        return True
+
+    def _computed(self, call: _Call, cached_tokens: int) -> None:
+        """Its prompt was computed, and goes to the replica that answers."""
+        assert call.leg is not None
+        assert call.node is not None
+        by, call.leg, call.cached_tokens = call.leg, None, cached_tokens
+        turn = call.turn
+        lacks = turn.prompt_tokens - call.node.cached_tokens(turn.hashes(self._ratio), turn.prompt_tokens)
+        self._timeline.at(self._links.arrives_at(by.address, lacks, self._timeline.now), self._brought, call)
+
+    def _brought(self, call: _Call) -> None:
+        if call.ended:
+            return
+        turn = call.turn
+        assert call.node is not None
+        hashes = turn.hashes(self._ratio)
+        self._submit(
+            call,
+            call.node,
+            EngineRequest(
+                call.number, turn.prompt_tokens, turn.output_tokens, hashes, turn.prompt_tokens, turn.adapter
+            ),
+        )
 
     def _progress(self, call: _Call) -> None:
         if call.ended or call.node is None or call.decision is None:
@@ -352,7 +414,7 @@ class Cluster:
         if call.ended or call.node is None:
             return
         tokens = call.node.emitted(call.number)
-        call.node.abort(call.number)
+        (call.leg or call.node).abort(call.number)
         self._end(call, End.TIMEOUT, 504 if call.first_token_s is None else 200, tokens)
 
     def _end(self, call: _Call, end: End | None, status: int, tokens: int = 0, refusal: Refusal | None = None) -> None:
@@ -399,6 +461,7 @@ class Cluster:
             cached_tokens=call.cached_tokens,
             predicted_cached_tokens=prediction.cached_tokens if prediction else None,
             predicted_ttft_s=prediction.ttft_s if prediction else None,
+            prefix_source=decision.prefix_source if decision else None,
             held_s=call.held_s,
             refusal=refusal,
             priority=call.turn.priority,
@@ -417,9 +480,12 @@ class Cluster:
         """The first or the last token of a request came."""
         assert isinstance(token.id, int)
         call = self._calls[token.id]
+        if call.leg is not None:
+            self._computed(call, token.cached_tokens)
+            return
         if token.first:
             call.first_token_s = self._timeline.now
-            call.cached_tokens = token.cached_tokens
+            call.cached_tokens = call.cached_tokens if call.split else token.cached_tokens
         if token.finished:
             self._end(call, End.OK, 200, token.position + 1)
 
@@ -459,6 +525,12 @@ class Cluster:
         """What runs there is lost: its headers are out, so the proxy cannot send it elsewhere."""
         for number, tokens in node.die():
             self._end(self._calls[number], End.UPSTREAM_ERROR, 200, tokens)
+        if self._telling is not None:
+            self._telling.restarted(node.address)
+
+    def _hear(self, fact: CacheFact) -> None:
+        for sidecar in self._sidecars:
+            sidecar.hear(fact)
 
     def _note_loads(self, _: object) -> None:
         for node in self._places:

@@ -28,7 +28,9 @@ from enum import Enum, StrEnum
 from typing import NamedTuple, TypeAlias
 
 from extproc.core.steptime import StepTime
-from extproc.sim.blocks import BlockPool, Key
+from extproc.core.types import AdaptersSampled
+from extproc.sim.adapter_slots import AdapterSlots
+from extproc.sim.blocks import BlockPool, Key, Note, Stored
 
 RequestId: TypeAlias = Hashable
 
@@ -56,6 +58,10 @@ class EngineConfig:
     """
     cpu_overhead_s: float = 0.002
     """Scheduling, sampling and detokenization in each step, beside the GPU: 1 to 3 ms in vLLM V1."""
+    max_loras: int | None = None
+    """LoRA adapters that one batch may use; None where they cost nothing."""
+    lora_load_s: float = 0.0
+    """By which a step gets longer for each adapter that is loaded for it."""
 
     def __post_init__(self) -> None:
         if not 0 < self.max_num_seqs <= self.max_num_batched_tokens:
@@ -73,6 +79,10 @@ class EngineRequest:
     output_tokens: int
     hashes: Sequence[int] = ()
     """Chained hashes of the full blocks of the prompt, and where known of prompt and output; blocks beyond are never shared."""
+    brought_tokens: int = 0
+    """Of the prompt's head, computed elsewhere: their KV cache is there when the request comes. Not so after a preemption."""
+    adapter: str | None = None
+    """The LoRA adapter that it needs."""
 
 
 class Refusal(StrEnum):
@@ -143,6 +153,8 @@ class Step:
     """Who left the queue when this step began; with asynchronous scheduling their prefill begins in the next one."""
     growth_s: float = 0.0
     """How much longer the next step takes than this one, if the same sequences decode in it: their contexts have grown."""
+    loads: int = 0
+    """LoRA adapters that are loaded for it."""
 
     @property
     def new_tokens(self) -> int:
@@ -263,10 +275,14 @@ class _Decoding:
 class Engine:
     """One replica. Call `start_step`, let its duration pass, `finish_step`, and so on; `add` and `abort` at any time."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, journal: bool = False) -> None:
+        """`journal`: what happens in the prefix cache is written down, for `notes`."""
         self.config = config
         self.pool = BlockPool(config.num_blocks)
+        if journal:
+            self.pool.journal = []
         self.counters = Counters()
+        self.adapters = AdapterSlots(config.max_loras) if config.max_loras is not None else None
         self._sequences: dict[RequestId, _Sequence] = {}
         self._waiting: OrderedDict[RequestId, _Sequence] = OrderedDict()
         self._running: dict[RequestId, _Sequence] = {}
@@ -289,10 +305,22 @@ class Engine:
     def waiting(self) -> int:
         return len(self._waiting)
 
+    def cached_tokens(self, hashes: Sequence[int], prompt_tokens: int) -> int:
+        """Of a prompt with these blocks, what the prefix cache holds now."""
+        size = self.config.block_size
+        return len(self.pool.leading(hashes, (prompt_tokens - 1) // size)) * size
+
     @property
     def kv_usage(self) -> float:
         """Share of blocks that sequences use; cached blocks without a user do not count."""
         return self.pool.used / self.pool.num_blocks
+
+    @property
+    def adapters_told(self) -> AdaptersSampled | None:
+        """What it says of its LoRA adapters; None where they cost nothing."""
+        if self.adapters is None:
+            return None
+        return self.adapters.told(seq.request.adapter for seq in self._waiting.values())
 
     def check(self) -> None:
         """Raises AssertionError where the books do not balance; for tests and the end of a simulation."""
@@ -342,6 +370,13 @@ class Engine:
         seq.state = _State.GONE
         del self._sequences[seq.request.id]
 
+    def notes(self) -> list[Note]:
+        """What happened in the prefix cache since the last call. An engine tells it at the end of each step."""
+        journal = self.pool.journal
+        if journal:
+            self.pool.journal = []
+        return journal or []
+
     def emitted(self, request_id: RequestId) -> int:
         """Output tokens of a request so far; 0 when it is not there (any more)."""
         seq = self._sequences.get(request_id)
@@ -368,8 +403,17 @@ class Engine:
     def _may_admit(self) -> bool:
         if not self._waiting or len(self._running) >= self.config.max_num_seqs:
             return False
-        head = next(iter(self._waiting))
-        return not (self._stuck and self._stuck[0] == head and self.pool.free <= self._stuck[1])
+        head = self._head()
+        if head is None:
+            return False
+        return not (self._stuck and self._stuck[0] == head.request.id and self.pool.free <= self._stuck[1])
+
+    def _head(self) -> _Sequence | None:
+        """The first in line, but for those that wait for an adapter's slot: these let others pass."""
+        adapters, waiting = self.adapters, self._waiting.values()
+        if adapters is None:
+            return next(iter(waiting), None)
+        return next((seq for seq in waiting if adapters.fits(seq.request.adapter)), None)
 
     def skip(self, step: Step, steps: int) -> None:
         """So many of the quiet steps are over: `step` becomes the one after them, just started."""
@@ -402,7 +446,7 @@ class Engine:
         sequences = step.decodes + len(step.chunks)
         kv_tokens = self._decoding.kv_tokens + step.decodes
         gpu_s = self.config.step_time.step_s(step.new_tokens, step.chunks, kv_tokens, sequences)
-        step.duration_s = self.config.cpu_overhead_s + gpu_s
+        step.duration_s = self.config.cpu_overhead_s + gpu_s + step.loads * self.config.lora_load_s
         step.growth_s = self.config.step_time.k * step.decodes
         return step
 
@@ -443,7 +487,9 @@ class Engine:
     def _admit(self, budget: int, step: Step) -> list[RequestId]:
         admitted: list[RequestId] = []
         while self._waiting and budget and len(self._running) < self.config.max_num_seqs:
-            seq = next(iter(self._waiting.values()))
+            seq = self._head()
+            if seq is None:
+                break
             if self._stuck and self._stuck[0] == seq.request.id and self.pool.free <= self._stuck[1]:
                 break
             if not (used := self._start(seq, budget, step)):
@@ -468,8 +514,20 @@ class Engine:
         seq.computed = len(hits) * size
         del self._waiting[seq.request.id]
         self._running[seq.request.id] = seq
+        if self.adapters is not None and seq.request.adapter is not None:
+            step.loads += self.adapters.start(seq.request.adapter)
+        if seq.cached is None and seq.request.brought_tokens > seq.computed:
+            self._bring(seq)
         self._note_hit(seq)
         return self._chunk(seq, min(seq.target - seq.computed, budget), step)
+
+    def _bring(self, seq: _Sequence) -> None:
+        """Take blocks for what came from another replica; they are shared like any."""
+        seq.computed = min(seq.request.brought_tokens, seq.target - 1)
+        new = -(-seq.computed // self.config.block_size) - seq.blocks
+        self.pool.take(new)
+        seq.blocks += new
+        self._register(seq, seq.computed)
 
     def _note_hit(self, seq: _Sequence) -> None:
         if seq.cached is None:
@@ -546,6 +604,8 @@ class Engine:
         if self._partial is seq:
             self._partial = None
         del self._running[seq.request.id]
+        if self.adapters is not None and seq.request.adapter is not None:
+            self.adapters.stop(seq.request.adapter)
         self.pool.release(seq.keys, seq.blocks - len(seq.keys))
         seq.blocks, seq.keys = 0, []
 
@@ -553,3 +613,7 @@ class Engine:
         full, known = min(computed // self.config.block_size, len(seq.hashes)), len(seq.keys)
         if full > known:
             seq.keys += self.pool.register(seq.hashes[known:full])
+            if self.pool.journal is not None:
+                self.pool.journal.append(
+                    Stored(tuple(seq.hashes[known:full]), seq.hashes[known - 1] if known else None)
+                )

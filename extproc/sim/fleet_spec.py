@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import yaml
 from pydantic import AliasChoices, Field, ValidationError, model_validator
 
 from extproc.config import ConfigError, Section, mistakes, yaml_mistake
+from extproc.core.disaggregation import ROLE
+from extproc.core.settings import DisaggregationSettings
 from extproc.core.steptime import prior
 from extproc.core.types import Replica
 from extproc.sim.engine import EngineConfig
@@ -49,6 +51,8 @@ class Group(Section):
     """Tokens in one step."""
     weight: float = Field(default=1.0, gt=0)
     """Share under the `weighted` policy."""
+    role: Literal["both", "prefill", "decode"] = "both"
+    """`prefill`: computes prompts for others alone; `decode`: prompts are computed for it, where that costs less."""
 
     @model_validator(mode="after")
     def _one_size(self) -> Group:
@@ -110,8 +114,25 @@ def nodes(groups: Sequence[Group], model_size: str, block_size: int, cpu_overhea
     return tuple(_node(place, group, model_size, block_size, cpu_overhead_s) for place, group in enumerate(every, 1))
 
 
+def disaggregation(groups: Sequence[Group], model_size: str) -> DisaggregationSettings | None:
+    """Of a fleet with roles; None where every replica does both. Raises ConfigError."""
+    if all(group.role == "both" for group in groups):
+        return None
+    if all(group.role == "prefill" for group in groups):
+        raise ConfigError("every replica has the role prefill, so nobody answers; give some the role decode, or none")
+    return DisaggregationSettings(kv_bytes_per_token=kv_bytes(_billions(model_size)))
+
+
+def kv_bytes(billions: float) -> float:
+    """Of one token's KV cache, for a model of so many billion parameters."""
+    (small, low), (large, high) = _KV_BYTES
+    return low * math.pow(billions / small, math.log(high / low) / math.log(large / small))
+
+
 def _node(place: int, group: Group, model_size: str, block_size: int, cpu_overhead_s: float) -> NodeSpec:
     labels = {"gpu": group.gpu, "tp": str(group.tp), "pp": str(group.pp), "model_size": model_size}
+    if group.role != "both":
+        labels[ROLE] = group.role
     num_blocks = max(group.kv_capacity(model_size) // block_size, 1)
     try:
         engine = EngineConfig(
@@ -136,9 +157,7 @@ def _address(place: int) -> str:
 def _left_for_kv(gpu: str, gpus: int, billions: float) -> int:
     per_gpu = next((size for name, size in _GPU_BYTES.items() if name in gpu.lower()), 80e9)
     left = gpus * (_USED * per_gpu - _OTHER_BYTES) - 2e9 * billions
-    (small, low), (large, high) = _KV_BYTES
-    exponent = math.log(high / low) / math.log(large / small)
-    return max(int(left / (low * (billions / small) ** exponent)), 0)
+    return max(int(left / kv_bytes(billions)), 0)
 
 
 def _billions(model_size: str) -> float:

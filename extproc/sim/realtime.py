@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
+from extproc.core.types import AdaptersSampled
 from extproc.sim.engine import Emitted, Engine, EngineRequest, RequestId, Token
 
 _log = logging.getLogger(__name__)
 
+MAX_LORA_SETS: Final = 64
+"""vLLM keeps every set of adapters that it ever ran for as long as it lives; here those last used are kept."""
 MAX_LAG_S: Final = 1.0
 """Behind schedule by more than this, the engine stops catching up: after a pause of the whole machine a burst would follow."""
 
@@ -57,6 +61,8 @@ class RealtimeEngine:
         self.engine = engine
         self.time_scale = time_scale
         self.gauges = Gauges()
+        self.adapters_seen: dict[AdaptersSampled, float] = {}
+        """What was said of LoRA adapters at the ends of steps, with the Unix time when it was last so, which is their order."""
         self.max_lag_s = 0.0
         """Furthest behind schedule so far: above some milliseconds this machine is too busy for honest timings."""
         self._flows: dict[RequestId, Flow] = {}
@@ -121,6 +127,11 @@ class RealtimeEngine:
 
     def _look(self) -> None:
         self.gauges = Gauges(self.engine.running, self.engine.waiting, self.engine.kv_usage)
+        if (told := self.engine.adapters_told) is not None:
+            self.adapters_seen.pop(told, None)
+            self.adapters_seen[told] = time.time()
+            if len(self.adapters_seen) > MAX_LORA_SETS:
+                del self.adapters_seen[next(iter(self.adapters_seen))]
 
     def _deliver(self, emitted: Emitted) -> None:
         flows = self._flows

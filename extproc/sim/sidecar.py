@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from random import Random
 from typing import Final
 
@@ -19,6 +20,7 @@ from extproc.core.health.settings import HealthSettings
 from extproc.core.observers import Ended, Quiet
 from extproc.core.router import PoolSettings, Router
 from extproc.core.scaling.settings import ScalingSettings
+from extproc.core.settings import DisaggregationSettings, LoraSettings
 from extproc.core.types import (
     Add,
     Decision,
@@ -39,11 +41,13 @@ from extproc.core.types import (
     Sample,
     Sampled,
     ScrapeFailure,
+    Serves,
     Turn,
     Verdict,
 )
+from extproc.sim.kv_events import CacheFact, Events
 from extproc.sim.node import Node
-from extproc.sim.sharing import Sharing, Store, Word, word
+from extproc.sim.sharing import Sharing, Store, Word, push, word
 from extproc.sim.timeline import Timeline
 
 POOL: Final = "default"
@@ -72,6 +76,8 @@ class Wiring:
     flight_ttl_s: float = Requests().flight_ttl_s
     scaling: ScalingSettings | None = None
     """How many replicas the router says there should be; None where it says nothing."""
+    disaggregation: DisaggregationSettings | None = None
+    """What it takes transfers of KV caches for; None where every replica answers alone."""
     queue: QueueSettings = field(default_factory=QueueSettings)
     """What the router holds requests by; `NO_QUEUE` places each at once."""
     health: HealthSettings = field(default_factory=HealthSettings)
@@ -79,8 +85,14 @@ class Wiring:
     """Between checks of a replica that seems well."""
     doubt_interval_s: float = Health().doubt_interval_s
     """Between checks of one that does not."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    """What it knows of LoRA adapters beforehand."""
+    lists_parents: bool = True
+    """Replicas tell that their adapters are such. Without, the router takes each for a model like any other."""
     sharing: Sharing | None = None
     """How it talks with the other routers; None where they do not."""
+    events: Events | None = None
+    """How replicas tell of their KV caches; None where they do not, and prompts are not tokenized."""
     prior_error: float = 1.0
     """The router begins with step times wrong by this factor."""
     prior_error_every: int = 1
@@ -109,13 +121,19 @@ class _Watched:
 class _Waker(Quiet):
     """As in the service: a replica is scraped soon after it was given work, or failed."""
 
-    def __init__(self, hurry: Callable[[str], None]) -> None:
-        self._hurry = hurry
+    def __init__(self, hurry: Callable[[str], None], tell: Callable[[str, bool], None]) -> None:
+        """`tell` gets the replica whose load changed, and whether it is by a new request."""
+        self._hurry, self._tell = hurry, tell
 
     def decided(self, decision: Decision) -> None:
         self._hurry(decision.endpoints[0])
+        self._tell(decision.endpoints[0], True)
+        if decision.prefiller is not None:
+            self._hurry(decision.prefiller)
+            self._tell(decision.prefiller, True)
 
     def ended(self, ended: Ended) -> None:
+        self._tell(ended.flight.address, False)
         if ended.moved or ended.outcome.end in (End.UNREACHABLE, End.UPSTREAM_ERROR):
             self._hurry(ended.flight.address)
 
@@ -144,6 +162,12 @@ class Sidecar:
         self.alive = True
         self._store = store
         self._beats = Random(f"{seed}/beats/{number}")
+        self._words = 0
+        self._changed: set[str] = set()
+        """Replicas whose load is another than it was at the last word."""
+        self._pushes_at = math.inf
+        """When the next push is due, if one is."""
+        self._pushed_at = -math.inf
         self._timeline = timeline
         self._number = number
         self._turned = turned
@@ -155,7 +179,7 @@ class Sidecar:
         self._places = {address: place for place, address in enumerate(nodes, 1)}
         pool = _pool(policy, options, wiring)
         rng = Random(f"{seed}/router/{number}")
-        self.router = Router([pool], rng, _Waker(self._hurry), wiring.flight_ttl_s)
+        self.router = Router([pool], rng, _Waker(self._hurry, self._tell), wiring.flight_ttl_s)
         self._watched: dict[str, _Watched] = {}
         self._entries: list[tuple[str, Outcome] | Progressed] = []
         self._learn(Reset(POOL, members))
@@ -165,6 +189,7 @@ class Sidecar:
         timeline.at(TICK_S, self._tick)
         if store is not None and wiring.sharing is not None:
             timeline.at(self._beats.random() * wiring.sharing.beat_s, self._beat, wiring.sharing)
+            store.listen(number, partial(self._hear_soon, wiring.sharing.delay_s))
 
     def __repr__(self) -> str:
         return f"<sidecar {self.router!r} {len(self._entries)} entries to flush>"
@@ -256,9 +281,45 @@ class Sidecar:
             return
         now = self._timeline.now
         if self._beats.random() >= sharing.loss:
-            said = word(self.router, POOL, sharing, now)
+            self._words += 1
+            self._changed.clear()
+            said = word(self.router, POOL, sharing, self._words, now)
             self._timeline.at(now + sharing.delay_s, self._exchange, (said, sharing.delay_s))
+            if sharing.push:
+                self._timeline.at(now + sharing.delay_s, self._pushed, said)
         self._timeline.at(now + sharing.beat_s, self._beat, sharing)
+
+    def _tell(self, address: str, placed: bool) -> None:
+        """The load of a replica changed here; others learn it soon."""
+        sharing = self.wiring.sharing
+        if self._store is None or sharing is None or not sharing.push:
+            return
+        self._changed.add(address)
+        wait_s = 0.0 if placed else sharing.ends_within_s
+        if wait_s is None:
+            return
+        at = max(self._timeline.now + wait_s, self._pushed_at + sharing.push_interval_s)
+        if at < self._pushes_at:
+            self._pushes_at = at
+            self._timeline.at(at, self._push, (sharing, at))
+
+    def _push(self, planned: tuple[Sharing, float]) -> None:
+        sharing, now = planned[0], self._timeline.now
+        if not self.alive or planned[1] != self._pushes_at:  # a sooner one was planned since
+            return
+        self._pushes_at, self._pushed_at = math.inf, now
+        self._words += 1
+        said = push(self.router, POOL, sharing, self._words, sorted(self._changed), now)
+        self._changed.clear()
+        if self._beats.random() >= sharing.loss:
+            self._timeline.at(now + sharing.delay_s, self._pushed, said)
+
+    def _pushed(self, said: Word) -> None:
+        assert self._store is not None
+        self._store.push(self._number, said, self._timeline.now)
+
+    def _hear_soon(self, back_s: float, facts: list[Fact]) -> None:
+        self._timeline.at(self._timeline.now + back_s, self._hear, (facts, back_s))
 
     def _exchange(self, message: tuple[Word, float]) -> None:
         said, back_s = message
@@ -268,11 +329,20 @@ class Sidecar:
 
     def _hear(self, message: tuple[list[Fact], float]) -> None:
         facts, age_s = message
+        if not self.alive:
+            return
         for fact in facts:
             if isinstance(fact, PeerReported):
                 fact = replace(fact, age_s=fact.age_s + age_s)
             self.router.learn(fact, self._timeline.now)
         self.ask_turns()
+
+    # --- replicas' own words ------------------------------------------------------------------------------------------
+
+    def hear(self, fact: CacheFact) -> None:
+        """A replica's KV events came."""
+        if self.alive:
+            self._learn(fact)
 
     # --- recurring ----------------------------------------------------------------------------------------------------
 
@@ -286,9 +356,16 @@ class Sidecar:
     def _watch(self, address: str) -> None:
         if address not in self._watched:
             watched = self._watched[address] = _Watched(self._nodes[address])
+            self._list_models(watched.node)
             self._scrape_in(watched, self._rng.random() * self.wiring.scrape_interval_s)
             first_s = self._phases.random() * self.wiring.doubt_interval_s
             self._timeline.at(self._timeline.now + first_s, self._check, watched)
+
+    def _list_models(self, node: Node) -> None:
+        adapters = node.spec.adapters
+        if adapters:
+            parents = dict.fromkeys(adapters, MODEL) if self.wiring.lists_parents else {}
+            self._learn(Serves(POOL, node.address, (MODEL, *adapters), parents))
 
     def _check(self, watched: _Watched) -> None:
         """Whether it lives and lists its model. A hung one does both: its HTTP server is another process than its engine."""
@@ -359,4 +436,6 @@ def _pool(policy: str, options: Mapping[str, float | int | str | bool], wiring: 
         health=wiring.health,
         queue=wiring.queue,
         scaling=wiring.scaling,
+        disaggregation=wiring.disaggregation,
+        lora=wiring.lora,
     )

@@ -18,9 +18,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from extproc.config import ConfigError
 from extproc.core.policies import PolicyError, create
+from extproc.core.prefix.exact import UNIT
 from extproc.sim import fleet_spec, simulate_report
 from extproc.sim.cluster import Cluster, Result, Scenario
+from extproc.sim.disaggregation import Link
 from extproc.sim.incidents import IncidentError, checked, incident
+from extproc.sim.kv_events import Events
 from extproc.sim.sharing import Sharing
 from extproc.sim.sidecar import NO_QUEUE, Wiring
 from extproc.sim.simulate_report import Load, Slo
@@ -104,6 +107,7 @@ def from_options(**given: Any) -> None:
         estimate_error=given["estimate_error"],
         queue=Wiring().queue if given["queue"] else NO_QUEUE,
         sharing=Sharing(beat_s=given["beat"], loss=given["beat_loss"]) if given["share"] else None,
+        events=None if given["events"] is None else Events(given["events"], given["events_loss"]),
     )
     alike = ("trace", "format", "generate", "limit", "fleet", "model_size", "block_size", "routers")
     clients = ("oracle_lengths", "priority", "flood", "ask_ttft")
@@ -151,12 +155,19 @@ def _scenario(order: Order) -> Scenario:
         raise SimulateError(
             f"--block-size {block_size} does not divide the trace's {trace.block_size}; choose one that does"
         )
-    fleet = fleet_spec.nodes(*_groups(order), block_size, order.cpu_overhead_s)
+    if order.wiring.events is not None and block_size % UNIT:
+        raise SimulateError(
+            f"--events tells of blocks of {UNIT} tokens or a multiple of it; --block-size is {block_size}"
+        )
+    groups, model_size = _groups(order)
+    fleet = fleet_spec.nodes(groups, model_size, block_size, order.cpu_overhead_s)
+    disaggregation = fleet_spec.disaggregation(groups, model_size)
     return Scenario(
         trace=trace,
         fleet=fleet,
         routers=order.routers,
-        wiring=order.wiring,
+        wiring=replace(order.wiring, disaggregation=disaggregation),
+        link=Link() if disaggregation is None else Link(disaggregation.kv_bytes_per_token),
         incidents=checked(map(incident, order.incidents), len(fleet)),
         router_deaths=order.router_deaths,
         oracle_lengths=order.oracle_lengths,

@@ -25,6 +25,10 @@ class BackendSpec(Section):
     model: str = "sim"
     adapters: tuple[str, ...] = ()
     """LoRA adapters, served as models of their own."""
+    max_loras: int | None = Field(default=None, ge=1)
+    """Adapters that one batch may use, and that are held at once, like `--max-loras`. null: all of them."""
+    lora_load_s: float = Field(default=0.0, ge=0)
+    """Seconds for which the engine stands still while it loads one that it does not hold."""
     num_blocks: int = Field(default=25_000, ge=1)
     """KV blocks; the default is about what 80 GB leave to an 8B model in bf16."""
     block_size: int = Field(default=16, ge=1)
@@ -47,6 +51,10 @@ class BackendSpec(Section):
     """The engine stands still: streams get headers and nothing else, the rest nothing at all, while probes say 200."""
     drop_usage: bool = False
     """Leave the usage out of every response."""
+    kv_events: int | None = Field(default=None, ge=0, le=65535)
+    """Publish KV events on this port, and the last of them again on `kv_replay`; 0 takes a free one. null: none."""
+    kv_replay: int | None = Field(default=None, ge=0, le=65535)
+    """null: one above `kv_events`, or a free one."""
 
     @field_validator("labels", mode="before")
     @classmethod
@@ -76,6 +84,8 @@ class BackendSpec(Section):
             block_size=self.block_size,
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_num_seqs=self.max_num_seqs,
+            max_loras=(self.max_loras or len(self.adapters)) if self.adapters else None,
+            lora_load_s=self.lora_load_s,
             # vLLM refuses to start when one request of the greatest length would not fit; here it is made to fit.
             max_model_len=min(self.max_model_len, self.num_blocks * self.block_size),
         )

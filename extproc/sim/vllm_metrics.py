@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter as Multiset
 from collections.abc import Iterable, Iterator
 from typing import Final
 
@@ -17,17 +16,14 @@ from extproc.sim.realtime import RealtimeEngine
 _TTFT_S: Final = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560)  # fmt: skip
 _E2E_S: Final = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 _LABELS: Final = ("engine", "model_name")
-_MAX_LORA_SETS: Final = 64
-"""vLLM keeps every set of adapters it ever ran for as long as it lives."""
 
 
 class Metrics:
     """Everything that the page shows; `model` is the base model, also for requests to its adapters."""
 
-    def __init__(self, live: RealtimeEngine, model: str, adapters: tuple[str, ...]) -> None:
-        self.adapters = Adapters(adapters)
+    def __init__(self, live: RealtimeEngine, model: str) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(live, model, self.adapters))
+        self._registry.register(_EngineCollector(live, model))
         labels = {"engine": "0", "model_name": model}
         self._ttft = self._histogram(
             "time_to_first_token_seconds", "Histogram of time to first token in seconds.", _TTFT_S, labels
@@ -59,47 +55,19 @@ class Metrics:
         return generate_latest(self._registry)
 
 
-class Adapters:
-    """LoRA adapters in use: each set that was ever in use, with the time when it was last so."""
-
-    def __init__(self, names: tuple[str, ...]) -> None:
-        self._names = frozenset(names)
-        self._running: Multiset[str] = Multiset()
-        self.seen: dict[str, float] = {}
-
-    @property
-    def slots(self) -> int:
-        return len(self._names)
-
-    def begin(self, model: str) -> None:
-        self._change(model, 1)
-
-    def end(self, model: str) -> None:
-        self._change(model, -1)
-
-    def _change(self, model: str, by: int) -> None:
-        if model not in self._names:
-            return
-        self._running[model] += by
-        now_running = ",".join(sorted(m for m, n in self._running.items() if n > 0))
-        if len(self.seen) < _MAX_LORA_SETS or now_running in self.seen:
-            self.seen[now_running] = time.time()
-
-
 class _EngineCollector(Collector):
     """Reads the engine at the moment of a scrape."""
 
-    def __init__(self, live: RealtimeEngine, model: str, adapters: Adapters) -> None:
+    def __init__(self, live: RealtimeEngine, model: str) -> None:
         self._live = live
         self._labels = ("0", model)
-        self._adapters = adapters
         self._created = time.time()
 
     def collect(self) -> Iterator[Metric]:
         yield from self._gauges()
         yield from self._counters()
         yield _cache_config(self._live.engine.config)
-        if self._adapters.seen:
+        if self._live.adapters_seen:
             yield self._lora()
 
     def _gauges(self) -> Iterator[Metric]:
@@ -139,8 +107,8 @@ class _EngineCollector(Collector):
     def _lora(self) -> Metric:
         names = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
         family = GaugeMetricFamily("vllm:lora_requests_info", "Running stats on lora requests.", labels=names)
-        for running, at in self._adapters.seen.items():
-            family.add_metric((str(self._adapters.slots), running, running), at)
+        for told, at in self._live.adapters_seen.items():
+            family.add_metric((str(told.slots), ",".join(told.running), ",".join(told.waiting)), at)
         return family
 
 

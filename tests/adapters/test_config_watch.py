@@ -54,6 +54,44 @@ def test_settings_of_a_pool_are_taken_over(change: dict[str, Any]) -> None:
     assert merged(config(), wanted) == (wanted, [])
 
 
+TARGETS = {"name": "m", "targets": [{"pool": "p"}, {"provider": "c"}]}
+CLOUD = {"name": "c", "host": "api.example.com"}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, {"models": [{"name": "m", "targets": [{"pool": "p"}]}]}),
+        ({"models": [TARGETS], "providers": [CLOUD]}, {"providers": [CLOUD]}),
+        (
+            {"models": [TARGETS], "providers": [CLOUD]},
+            {
+                "models": [{**TARGETS, "aliases": ["n"]}],
+                "providers": [{**CLOUD, "budget": {"dollars": 5}, "model": "x"}],
+            },
+        ),
+    ],
+)
+def test_models_prices_and_budgets_are_taken_over(before: dict[str, Any], after: dict[str, Any]) -> None:
+    wanted = config(**after)
+    assert merged(config(**before), wanted) == (wanted, [])
+
+
+def test_where_a_provider_is_is_envoys_and_waits() -> None:
+    running = config(models=[TARGETS], providers=[CLOUD])
+    effective, waiting = merged(running, config(models=[TARGETS], providers=[{**CLOUD, "port": 8443}]))
+    assert (effective, waiting) == (running, ["providers[0].port"])
+
+
+@pytest.mark.parametrize("new", [{"providers": [CLOUD]}, {"pools": [POOL, {"name": "c", "replicas": [B]}]}])
+def test_models_wait_for_providers_and_pools_that_are_not_there_yet(new: dict[str, Any]) -> None:
+    models = [{"name": "m", "targets": [{"pool": "p"}, {"provider" if "providers" in new else "pool": "c"}]}]
+    pools = new.pop("pools", [POOL])
+    effective, waiting = merged(config(), config(*pools, models=models, **new))
+    assert effective == config()
+    assert "models" in waiting
+
+
 def test_the_log_level_and_the_grace_period_are_taken_over() -> None:
     wanted = config(inspect={"log_level": "debug"}, shutdown_grace_s=5)
     assert merged(config(), wanted) == (wanted, [])

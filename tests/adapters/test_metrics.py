@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from random import Random
 
 import pytest
@@ -10,9 +11,13 @@ from prometheus_client import CollectorRegistry
 
 from extproc.adapters.metrics import FleetCollector, RouterMetrics
 from extproc.core.health.states import State
+from extproc.core.prefix.blocks import chain
+from extproc.core.prefix.exact import token_chain
 from extproc.core.router import PoolSettings, Router
 from extproc.core.types import (
     Api,
+    BlocksStored,
+    CacheChanged,
     DrainAsked,
     End,
     Outcome,
@@ -71,6 +76,35 @@ def test_a_flight_is_counted_from_decision_to_end(bench: Bench) -> None:
     assert bench.value("ttft_seconds_sum", pool="p") == 0.2
     assert bench.value("prompt_tokens_predicted_ratio_sum", pool="p") == 1000 / 800
     assert bench.value("output_tokens_predicted_ratio_sum", pool="p") == 10 / 20
+
+
+def test_hits_are_counted_by_what_told_of_them(bench: Bench) -> None:
+    ids = tuple(range(1024))
+    tokenized = replace(ASK, tokens=token_chain(ids), prompt_tokens=len(ids), subset=frozenset({FIRST}))
+    guessed = replace(ASK, blocks=chain(b"", b"x" * 4000))
+    bench.router.learn(CacheChanged("p", FIRST, (BlocksStored(tuple(range(64)), None, ids, 16),)), 0.0)
+    for request, cached in ((tokenized, 1008), (tokenized, 992), (tokenized, 1024), (guessed, 5)):
+        route = bench.route(request)
+        usage = Usage(prompt_tokens=1024, completion_tokens=20, cached_tokens=cached)
+        bench.router.finish(route.flight, Outcome(End.OK, 200, route.endpoints[0], 1, 0.2, 0.1, 1.5, 4000, usage), 2.0)
+    counted = {
+        (source, reported): value
+        for source, reported in product(("exact", "approximate", "none"), ("right", "fewer", "more"))
+        if (value := bench.value("hit_predictions_total", pool="p", source=source, reported=reported))
+    }
+    assert counted == {("exact", "right"): 1, ("exact", "fewer"): 1, ("exact", "more"): 1, ("approximate", "more"): 1}
+    assert bench.value("prefix_sources_total", pool="p", source="exact") == 3
+    assert bench.value("prefix_sources_total", pool="p", source="approximate") == 1
+
+
+def test_what_replicas_tell_of_their_caches_shows(bench: Bench) -> None:
+    ids = tuple(range(32))
+    bench.router.learn(CacheChanged("p", FIRST, (BlocksStored((1, 2), None, ids, 16),)), 0.0)
+    assert bench.value("replica_exact_blocks", pool="p", replica=FIRST) == 2
+    assert bench.value("replica_exact_blocks", pool="p", replica=SECOND) is None
+    assert bench.value("cache_blocks_ignored_total", pool="p", why="orphan") == 0
+    bench.router.learn(CacheChanged("p", SECOND, (BlocksStored((1,), 7, ids[:16], 16),)), 0.0)
+    assert bench.value("cache_blocks_ignored_total", pool="p", why="orphan") == 1
 
 
 def p90_counts(bench: Bench, outcome: Outcome, samples: int = 1) -> tuple[float | None, float | None]:

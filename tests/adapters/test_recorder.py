@@ -39,6 +39,7 @@ def test_a_record_shows_the_decision_and_its_end() -> None:
     assert view["endpoints"][0] in ("10.0.0.1:1", "10.0.0.2:1")
     assert {c["replica"] for c in view["candidates"]} == {"10.0.0.1:1", "10.0.0.2:1"}
     assert (view["output_tokens"], view["output_p90_tokens"]) == (256, 590)
+    assert (view["predicted"]["cached_tokens"], view["predicted"]["prefix_source"]) == (0, "none")
     assert view["outcome"]["end"] == "ok"
     assert (view["outcome"]["prompt_tokens"], view["outcome"]["cached_tokens"]) == (30, 16)
     assert view["outcome"]["output_tokens"] == 12

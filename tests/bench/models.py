@@ -4,7 +4,7 @@ python -m tests.bench.models [--only PART ...] [--traces FOLDER]
 
 Parts: `precise` (what exactness is worth in the simulator; the shares of exact predictions are those that `make test-vllm` found with
 real engines, null where it was not run), `pd` (splitting by cost against always, never and by a threshold), `canary` (the share that
-was asked for and the one that came out), `fallback` (errors that clients see while a pool dies and a provider takes over).
+was asked for and the one that came out), `fallback` (errors that clients see while a pool dies and a provider takes over), `lora` (mean TTFT with knowledge of loaded adapters against none).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.bench.gathering import Figures, Part, gather
 OUTPUT: Final = Path("build/bench-models.json")
 REAL: Final = Path("build/precise-vllm.json")
 """Written by tests/e2e/test_vllm_precise.py: `exact_share` and `fallback_share` of requests to real engines."""
-KEYS: Final = ("precise", "pd", "canary", "fallback")
+KEYS: Final = ("precise", "pd", "canary", "fallback", "lora")
 
 
 def precise(traces: Path | None) -> Figures:
@@ -38,6 +38,7 @@ PARTS: Final[dict[str, Part]] = {
     "precise": precise,
     "pd": lambda traces: {"pd": _of("disaggregation", traces)},
     "canary": lambda traces: {"canary": _of("models_canary", traces)},
+    "lora": lambda traces: {"lora": _of("lora", traces)},
     "fallback": lambda traces: {"fallback": _of("models_fallback", traces)},
 }
 

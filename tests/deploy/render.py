@@ -99,6 +99,10 @@ FILES: dict[Path, Callable[[], str]] = {
     KUBERNETES / "overlays" / "sidecar" / "envoy.yaml": partial(
         envoy, KUBERNETES / "overlays" / "sidecar" / "extproc.yaml"
     ),
+    **{
+        DEPLOY / "interplay" / system / "envoy.yaml": partial(envoy, DEPLOY / "interplay" / system / "extproc.yaml")
+        for system in ("production-stack", "dynamo")
+    },
     KUBERNETES / "components" / "monitoring" / "rules.yaml": rules,
     DEPLOY / "requirements.lock": image_lock,
 }

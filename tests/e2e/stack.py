@@ -46,9 +46,9 @@ def replica(**spec: Any) -> Replica:
     return Replica(BackendSpec(**{"port": free_port(), "labels": GPU, "model": MODEL, "mean_output_tokens": 8, **spec}))
 
 
-def configured(directory: Path, *pools: Json, **sections: Json) -> Config:
-    """A configuration on free ports, with its files in `directory`; `sections` add to those of the file."""
-    own: dict[str, Json] = {
+def configured(directory: Path, *pools: Json, **sections: Any) -> Config:
+    """A configuration on free ports, with its files in `directory`; `sections` add to those of the file, or are lists."""
+    own: Json = {
         "listen": {"grpc": f"127.0.0.1:{free_port()}", "http": f"127.0.0.1:{free_port()}"},
         "envoy": {
             "listen": f"127.0.0.1:{free_port()}",
@@ -62,7 +62,10 @@ def configured(directory: Path, *pools: Json, **sections: Json) -> Config:
             "progress_interval_s": 0.1,
         },
     }
-    merged = {key: {**own.get(key, {}), **sections.get(key, {})} for key in {*own, *sections}}
+    given = {
+        key: {**own.get(key, {}), **value} if isinstance(value, dict) else value for key, value in sections.items()
+    }
+    merged = {**own, **given}
     scrape = {"interval_s": 0.1, "idle_interval_s": 0.5}
     listed = [{"labels": GPU, "scrape": scrape, **pool} for pool in pools]
     return parse(yaml.safe_dump({"pools": listed, **merged}), base=directory)
@@ -142,7 +145,7 @@ async def stack(
     *pools: Json,
     ready: bool = True,
     change: Callable[[Json], None] = lambda _: None,
-    **sections: Json,
+    **sections: Any,
 ) -> AsyncIterator[Stack]:
     """Started, and at the end checked: the ledger is empty. `change` may edit the bootstrap; `ready` waits for all members."""
     config = configured(directory, *pools, **sections)

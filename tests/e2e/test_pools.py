@@ -78,6 +78,11 @@ async def test_a_model_of_no_pool_is_refused_with_the_models_there_are(running: 
 
 
 async def test_what_names_no_model_goes_to_the_first_pool(running: Stack) -> None:
-    async with running.client.get(f"{running.url}/v1/models") as response:
+    async with running.client.get(f"{running.url}/version") as response:
         assert response.headers[names.REPLICA_HEADER] in members(running, POLICIES[0])
-        assert [m["id"] for m in (await response.json())["data"]] == [f"m-{POLICIES[0]}"]
+
+
+async def test_the_models_of_all_pools_are_listed(running: Stack) -> None:
+    async with running.client.get(f"{running.url}/v1/models") as response:
+        assert names.REPLICA_HEADER not in response.headers
+        assert {m["id"] for m in (await response.json())["data"]} == {f"m-{policy}" for policy in POLICIES}

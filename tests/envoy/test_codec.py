@@ -216,6 +216,23 @@ def test_the_pool_selects_the_route_again() -> None:
     assert common.clear_route_cache
 
 
+def test_the_rank_is_told_by_header() -> None:
+    common = answered(SetDestination(Part.BODY, Steer("f", "a:1", rank=0))).request_body.response
+    assert set_headers(common.header_mutation) == {"x-data-parallel-rank": b"0"}
+
+
+def test_who_computes_the_prompt_is_told_by_header() -> None:
+    common = answered(SetDestination(Part.BODY, Steer("f", "a:1", prefiller="b:2"))).request_body.response
+    assert set_headers(common.header_mutation) == {"x-prefiller-host-port": b"b:2"}
+
+
+def test_nobody_else_says_who_computes_the_prompt() -> None:
+    common = answered(SetDestination(Part.BODY, Steer("f", "a:1", prefiller=""))).request_body.response
+    assert list(common.header_mutation.remove_headers) == ["x-prefiller-host-port"]
+    common = answered(SetDestination(Part.BODY, Steer("f", "a:1"))).request_body.response
+    assert not common.header_mutation.remove_headers
+
+
 def test_a_pick_with_trailers() -> None:
     response = answered(SetDestination(Part.TRAILERS, Steer("f", "a:1")))
     assert response.WhichOneof("response") == "request_trailers"

@@ -117,7 +117,7 @@ def test_the_subset_hint_goes_on(subset: frozenset[str] | None) -> None:
 
 def test_the_headers_asked_for() -> None:
     headers = Intake(FakeRouter(), configured(tenant_header="X-Key", session_header="X-S")).headers
-    assert headers == {"x-key", "x-s", "x-request-priority", "x-slo-ttft-ms"}
+    assert headers == {"x-key", "x-s", "x-request-priority", "x-slo-ttft-ms", "x-quality"}
 
 
 # --- what comes back --------------------------------------------------------------------------------------------------
@@ -131,6 +131,20 @@ def test_for_a_gateway_that_takes_one_address_it_is_the_best() -> None:
     config = configured().model_copy(update={"envoy": EnvoyConfig(endpoints=1)})
     answer = Intake(FakeRouter([route(1, 2)]), config).decide(POST, prompt(5), 0.0, True)
     assert answer == Steer("f1", "127.0.0.1:1")
+
+
+def test_who_computes_the_prompt_goes_along() -> None:
+    split = route(1, 2)
+    split = replace(split, decision=replace(split.decision, prefiller="127.0.0.1:9"))
+    answer = Intake(FakeRouter([split]), configured()).decide(POST, prompt(5), 0.0, True)
+    assert answer == Steer("f1", "127.0.0.1:1,127.0.0.1:2", prefiller="127.0.0.1:9")
+
+
+def test_a_rank_goes_apart_from_the_addresses() -> None:
+    ranked = route(1, 2)
+    ranked = replace(ranked, endpoints=tuple(f"{e}/3" for e in ranked.endpoints))
+    answer = Intake(FakeRouter([ranked]), configured()).decide(POST, prompt(5), 0.0, True)
+    assert answer == Steer("f1", "127.0.0.1:1,127.0.0.1:2", rank=3)
 
 
 def test_usage_is_asked_for_in_a_stream() -> None:

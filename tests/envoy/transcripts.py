@@ -30,6 +30,7 @@ from extproc.envoy.exchange import (
     Mode,
     Part,
     Refuse,
+    Reply,
     Respond,
     ResponseArrived,
     Rules,
@@ -40,6 +41,7 @@ from extproc.envoy.exchange import (
 from extproc.openai.errors import HttpError
 
 TOO_LARGE = HttpError(413, b"too large", (("content-type", "application/json"),))
+LISTED = HttpError(200, b'{"object":"list"}', (("content-type", "application/json"),))
 BUSY = HttpError(503, b"nobody there", (("content-type", "application/json"), ("retry-after", "1")))
 LIMIT = 1_000_000
 RULES = Rules(LIMIT, lambda head: head.path.startswith("/v1/chat"), TOO_LARGE)
@@ -52,6 +54,7 @@ MODELS = Head("GET", "/v1/models")
 
 STEER = Steer("f1", "10.0.0.1:8000,10.0.0.2:8000")
 REWRITTEN = Steer("f2", "10.0.0.1:8000", body=b"{...}", strip_usage=True)
+OUTSIDE = Steer("f3", "", body=b"{...}", pool="cloud")
 LONG = b"x" * (CHUNK_BYTES + 1)
 
 
@@ -170,6 +173,27 @@ SCRIPTS: Mapping[str, Script] = {
         << Decide(MODELS, None)
         >> Decided(STEER)
         << SetDestination(Part.HEADERS, STEER)
+        << CLOSE
+        >> DELIVERED
+        >> ENDED
+    ),
+    "what is known here is answered here: no flight, nothing to deliver": (
+        Script()
+        >> HeadersArrived(MODELS, end_of_stream=True, mode=Mode.BUFFERED)
+        << Decide(MODELS, None)
+        >> Decided(Reply(LISTED))
+        << Respond(LISTED)
+        << CLOSE
+        >> ENDED
+    ),
+    "a provider: a pool without endpoints": (
+        Script()
+        >> HeadersArrived(CHAT, mode=Mode.BUFFERED)
+        << Continue(Part.HEADERS)
+        >> BodyArrived(b"{}", end_of_stream=True)
+        << Decide(CHAT, b"{}", rewritable=True)
+        >> Decided(OUTSIDE)
+        << SetDestination(Part.BODY, OUTSIDE)
         << CLOSE
         >> DELIVERED
         >> ENDED

@@ -49,7 +49,10 @@ class Changes(Quiet):
     def decided(self, decision: Decision) -> None:
         """See Observer."""
         if self._wake is not None and decision.endpoints:
-            self._changed.setdefault(decision.pool, set()).add(decision.endpoints[0])
+            changed = self._changed.setdefault(decision.pool, set())
+            changed.add(decision.endpoints[0])
+            if decision.prefiller is not None:
+                changed.add(decision.prefiller)
             self._wake(True)
 
     def ended(self, ended: Ended) -> None:

@@ -70,15 +70,15 @@ class Room:
         places, turnover_s = self._places_of(member, now), member.latency_s
         if places is None or turnover_s is None:
             return 0.0
-        since = len(member.load) - member.opened_at_sample
-        beyond = sample.running + sample.waiting + since - places
+        since = member.load.requests - member.opened_at_sample
+        beyond = sample.running + sample.waiting + since - places - member.awaiting_adapter(now)
         return max(beyond, 0) * turnover_s / places
 
     def _places_of(self, member: Member, now: float) -> int | None:
         sample, address = member.sample, member.address
         assert sample is not None
         running, waiting = sample.running or 0, sample.waiting or 0
-        if running and waiting > member.prefilling(now):
+        if running and waiting > member.prefilling(now) + member.awaiting_adapter(now):
             if len(self._places) >= MAX_REPLICAS:
                 self._places.clear()
             self._places[address] = running

@@ -27,7 +27,7 @@ class Predicted(Stateless):
 
     def terms(self, ask: Ask, member: Member, now: float) -> Terms:
         p = predict(ask, member, now)
-        return {
+        terms: Terms = {
             "queue_s": p.queue_s,
             "prefill_s": p.prefill_s,
             "decode_s": p.decode_s,
@@ -35,6 +35,9 @@ class Predicted(Stateless):
             "crowding_s": p.crowding_s,
             "cached_tokens": float(p.cached_tokens),
         }
+        if p.load_s is not None:
+            terms["load_s"] = p.load_s
+        return terms
 
     def _reason(self, ask: Ask, chosen: Member, members: Sequence[Member]) -> str:
         """`prefix`: it holds the most of the prompt. `spill`: another holds more, and costs more. `cost`: nobody holds any."""

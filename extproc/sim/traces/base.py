@@ -31,6 +31,8 @@ class Turn:
     tenant: str | None = None
     priority: int = 0
     """Higher goes first."""
+    adapter: str | None = None
+    """The LoRA adapter that it asks for; None for the base model. Prompts for different ones share no block."""
 
     def hashes(self, ratio: int = 1) -> tuple[int, ...]:
         """The block ids one by one, each split into `ratio` smaller blocks."""

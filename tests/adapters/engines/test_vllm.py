@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from extproc.adapters.engines import ENGINES, parse_vllm
-from extproc.core.types import Sample
+from extproc.core.types import AdaptersSampled, Sample
 from tests.adapters.engines.pages import RECORDED, recorded
 
 
@@ -32,6 +32,7 @@ class TestRecordedPages:
             prefix_queries=3779.0,
             prefix_hits=192.0,
             preemptions=0.0,
+            adapters=AdaptersSampled(2, ("adapter-a", "adapter-b"), ("adapter-a", "adapter-b")),
         )
 
     def test_an_engine_under_cache_pressure(self) -> None:
