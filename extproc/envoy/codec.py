@@ -106,8 +106,25 @@ def event(raw: bytes, wanted: frozenset[str] = ALWAYS) -> Event:
         return TRAILERS_ARRIVED
     if kind is None:
         raise Unreadable("ProcessingRequest about nothing that we know")
-    body = request.response_body  # empty for headers and trailers
+    if kind == "response_headers":
+        return _response_headers(request)
+    body = request.response_body  # empty for trailers
     return ResponseArrived(Part(kind), body.body, body.end_of_stream, _duplex_response(request))
+
+
+def _response_headers(request: pb.ProcessingRequest) -> ResponseArrived:
+    message = request.response_headers
+    said = (h.raw_value.decode("ascii", "replace") or h.value for h in message.headers.headers if h.key == ":status")
+    status, served = next(said, ""), None
+    if request.HasField("metadata_context"):
+        served = _value(request.metadata_context.filter_metadata, LB_NAMESPACE, SERVED)
+    return ResponseArrived(
+        Part.RESPONSE_HEADERS,
+        end_of_stream=message.end_of_stream,
+        duplex=_duplex_response(request),
+        status=int(status) if status.isdecimal() and len(status) == 3 else None,
+        served=served.string_value or None if served is not None else None,
+    )
 
 
 def _head(request: pb.ProcessingRequest, wanted: frozenset[str]) -> Head:
@@ -182,8 +199,18 @@ def answer(command: Command) -> bytes:
     return WRITERS[type(command)](command)
 
 
+def _unpicked() -> bytes:
+    response = pb.ProcessingResponse()
+    response.request_headers.response.header_mutation.remove_headers.append(DESTINATION)
+    return response.SerializeToString()
+
+
+UNPICKED = _unpicked()
+"""The answer to headers that changes nothing, but takes away a destination that is not ours."""
+
+
 def _continue(command: Continue) -> bytes:
-    return CONTINUES[command.part]
+    return UNPICKED if command.unpicked else CONTINUES[command.part]
 
 
 def _set_destination(command: SetDestination) -> bytes:

@@ -152,13 +152,17 @@ class TrailersArrived:
 
 @record
 class ResponseArrived:
-    """A part of the response, in which we take no interest."""
+    """A part of the response, of which nothing is read but its status and its size."""
 
     part: Part
     data: bytes = b""
     end_of_stream: bool = False
     duplex: bool = False
     """This message, the first of its stream, says what `duplex_response` says."""
+    status: int | None = None
+    """Of the headers."""
+    served: str | None = None
+    """`ip:port` that answers, with the headers, where the proxy tells."""
 
 
 @record
@@ -203,6 +207,8 @@ class Continue:
     """Let this part pass unchanged."""
 
     part: Part
+    unpicked: bool = False
+    """But for a destination that the client wrote: nobody chose one, and a gateway may send wherever that header says."""
 
 
 @record
@@ -257,11 +263,26 @@ class Abandon:
 
 
 @record
+class Report:
+    """Tell how the response of a flight goes on, which nobody else will."""
+
+    flight: str
+    status: int | None
+    served: str | None
+    response_bytes: int
+    """Of the body, so far."""
+    over: bool
+    """The last word on this flight."""
+    cut: bool = False
+    """The proxy ended the RPC before the response ended."""
+
+
+@record
 class Close:
     """End the RPC with OK."""
 
 
-Command = Continue | Decide | AskForTime | SetDestination | EchoBody | Respond | Abandon | Close
+Command = Continue | Decide | AskForTime | SetDestination | EchoBody | Respond | Abandon | Report | Close
 Commands = Sequence[Command]
 
 CLOSE = Close()
@@ -320,12 +341,16 @@ class Exchange:
         "_chunks",
         "_duplex_response",
         "_flight",
+        "_followed",
         "_head",
         "_mode",
+        "_received",
         "_responded",
         "_rules",
+        "_served",
         "_size",
         "_state",
+        "_status",
         "_then",
         "_trailers",
     )
@@ -345,6 +370,10 @@ class Exchange:
         self._asked = False  # for time
         self._responded = False  # the end of the response body was given back
         self._flight: str | None = None  # opened, and not yet delivered
+        self._followed: str | None = None  # delivered, and its response goes through us
+        self._status: int | None = None
+        self._served: str | None = None
+        self._received = 0  # bytes of the response body
 
     def __repr__(self) -> str:
         return f"<Exchange {self._state.__name__} {self._mode.value} {self._size} B, undelivered {self._flight}>"
@@ -353,6 +382,11 @@ class Exchange:
     def body_bytes(self) -> int:
         """Of the request's body, as far as it is kept here."""
         return self._size if self._chunks else 0
+
+    @property
+    def follows(self) -> bool:
+        """Whether the end of the flight will be reported by this stream."""
+        return self._followed is not None
 
     @property
     def settled(self) -> bool:
@@ -460,14 +494,35 @@ class Exchange:
         """What means the same in every state."""
         if isinstance(event, ResponseArrived):
             self._duplex_response = self._duplex_response or event.duplex
+            report = self._report(event) if self._followed is not None else ()
             if self._duplex_response and event.part is Part.RESPONSE_BODY:
-                return self._give_response(event)
-            return (Continue(event.part),)
+                return (*report, *self._give_response(event))
+            return (*report, Continue(event.part))
         flight, self._flight = self._flight, None
         if isinstance(event, Delivered):
+            self._followed = flight if self._duplex_response else None
             return ()
         self._state = Exchange.over
+        if self._followed is not None:
+            return (self._last_report(cut=True),)
         return () if flight is None else (Abandon(flight),)
+
+    def _report(self, event: ResponseArrived) -> Commands:
+        """What this part says of the flight."""
+        assert self._followed is not None
+        if event.part is Part.RESPONSE_HEADERS:
+            self._status, self._served = event.status, event.served
+        self._received += len(event.data)
+        if event.end_of_stream or event.part is Part.RESPONSE_TRAILERS:
+            return (self._last_report(cut=False),)
+        if not event.data:
+            return ()
+        return (Report(self._followed, self._status, self._served, self._received, over=False),)
+
+    def _last_report(self, cut: bool) -> Report:
+        assert self._followed is not None
+        flight, self._followed = self._followed, None
+        return Report(flight, self._status, self._served, self._received, over=True, cut=cut)
 
     def _give_response(self, event: ResponseArrived) -> Commands:
         """Back as it came. A last piece that is repeated (see `over`) is not: two ends of one body would be an error."""
@@ -511,7 +566,7 @@ class Exchange:
 
     def _steer(self, part: Part, steer: Steer | None) -> Command:
         if steer is None:
-            return Continue(part)
+            return Continue(part, unpicked=self._mode is Mode.FULL_DUPLEX and part is Part.HEADERS)
         return SetDestination(part, steer, in_header=self._mode is Mode.FULL_DUPLEX and part is Part.HEADERS)
 
     def _end_with_headers(self, steer: Steer | None) -> Commands:

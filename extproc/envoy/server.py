@@ -34,6 +34,7 @@ from extproc.envoy.exchange import (
     Head,
     IllegalEvent,
     Refuse,
+    Report,
     Respond,
     SetDestination,
 )
@@ -41,6 +42,7 @@ from extproc.envoy.health import Health
 from extproc.envoy.holding import Holding
 from extproc.envoy.intake import Hold, Intake, Ready, Router
 from extproc.envoy.reading import AtOnce, Reader
+from extproc.envoy.responses import Responses
 from extproc.envoy.tokenizing import Tokenizing
 from extproc.openai import errors
 from extproc.openai.errors import HttpError
@@ -149,6 +151,7 @@ class Server:
         """Streams under way."""
         self.buffers = Buffers(config.requests.max_buffered_bytes)
         self.holding = Holding(router, clock)
+        self.responses = Responses(router, clock)
         self._logs_open: set[asyncio.Task[Any]] = set()
         self._server: Any = None
         self._stopping = False
@@ -277,12 +280,17 @@ class Server:
                 if isinstance(answer, Hold):
                     answer = await self._turn(answer, exchange, context)
                 return await self._perform(exchange.on(Decided(answer)), exchange, context)
+            if isinstance(command, Report):
+                self._report(command)
+                continue
             message = codec.answer(command)
             if len(message) > codec.LARGE_BYTES:  # with a new body: it took as long to make as it will take to send
                 await asyncio.sleep(0)
             if isinstance(command, SetDestination):
                 self.streams.steered += 1
                 exchange.on(DELIVERED)
+                if exchange.follows:
+                    self.responses.begin(command.steer.flight)
             elif isinstance(command, Respond):
                 refused = command.error.status >= 400
                 self.streams.refused += refused
@@ -290,7 +298,7 @@ class Server:
             try:
                 await context.write(message)
             except asyncio.CancelledError:
-                if isinstance(command, SetDestination):
+                if isinstance(command, SetDestination) and not exchange.follows:
                     self._doubt(command.steer.flight)
                 raise
         return False
@@ -393,8 +401,15 @@ class Server:
             self._intake.leave(hold, now)
         self.holding.poke()
 
+    def _report(self, report: Report) -> None:
+        self.responses.take(report)
+        if report.over:
+            self.holding.poke()
+
     def _abandon(self, commands: Commands) -> None:
         for command in commands:
+            if isinstance(command, Report):
+                self._report(command)
             if isinstance(command, Abandon):
                 self.streams.abandoned += 1
                 self._intake.abandon(command.flight, self._clock())

@@ -244,7 +244,7 @@ async def test_a_cluster_spreads_the_meters() -> None:
     async with RedisServer(*options) as one, RedisServer(*options) as other:
         await one.command("CLUSTER", "ADDSLOTSRANGE", 0, 8000)
         await other.command("CLUSTER", "ADDSLOTSRANGE", 8001, 16383)
-        await one.command("CLUSTER", "MEET", "127.0.0.1", other.port)
+        await one.command("CLUSTER", "MEET", "127.0.0.1", other.port, other.bus_port)
         for node in (one, other):
             await until(lambda node=node: whole(node), timeout_s=20)  # type: ignore[misc]
         store = RedisStore(Shared(url=f"redis+cluster://127.0.0.1:{one.port}"), "r")

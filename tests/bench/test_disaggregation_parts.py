@@ -11,7 +11,7 @@ def test_rules_differ_in_what_they_split_alone() -> None:
     cells = measure([Source("small", 2000, 4.0, sessions=30)], prefills=(2,))
     found = {cell.rule: cell.figures for cell in cells if cell.seed == 1}
     assert found.keys() == RULES.keys()
-    assert found["always"].split == 1.0
+    assert found["always"].split > 0.95  # all but those that came before anything was heard of the replicas
     assert found["never"].split == found[TOGETHER].split == 0.0
     assert 0.0 <= found["cost"].split < 1.0
     assert found["threshold 256"].split > found["threshold 4096"].split

@@ -115,7 +115,7 @@ async def gateway(
     **sections: Any,
 ) -> AsyncIterator[Stack]:
     """Started; `change` may edit the bootstrap. Flights end within a second, for nobody tells of their end."""
-    requests = {"flight_ttl_s": 1, **sections.pop("requests", {})}
+    requests = {"flight_ttl_s": 60, **sections.pop("requests", {})}
     given = {"envoy": {"endpoints": 1, **sections.pop("envoy", {})}, "requests": requests, **sections}
     config = configured(directory, *pools, **given)
     app = App(config)

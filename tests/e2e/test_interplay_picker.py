@@ -218,3 +218,64 @@ async def test_a_gateway_that_fails_closed_does_so(tmp_path: Path) -> None:
         await running.app.stop(grace_s=0.1)
         async with running.post() as response:
             assert response.status in (500, 503, 504)
+
+
+async def test_a_client_cannot_choose_the_destination_when_the_decision_fails(tmp_path: Path) -> None:
+    """The request passes, and has nowhere to go."""
+    async with two(tmp_path, ORIGINAL_DST) as (running, _), Backend(echo("elsewhere")) as elsewhere:
+        running.app.router.arrive = broken  # type: ignore[method-assign, assignment]
+        async with running.post(headers={names.DESTINATION: elsewhere.address}) as response:
+            assert response.status == 503
+        assert elsewhere.received == []
+
+
+def broken(*_: Any) -> Any:
+    raise RuntimeError("a mistake of ours")
+
+
+@SHAPES
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_end_of_the_response_is_the_end_of_the_flight(tmp_path: Path, shape: str, stream: bool) -> None:
+    async with (
+        replica() as a,
+        gateway(tmp_path, shape, {"replicas": [a.address]}) as running,
+    ):
+        async with running.post(chat(stream=stream)) as response:
+            assert response.status == 200
+            await response.read()
+        ended = (await running.ended()).ended
+        assert ended is not None
+        outcome = ended.outcome
+        assert (outcome.end, outcome.status) == ("ok", 200)
+        assert outcome.ttft_s is not None
+        assert outcome.duration_s is not None
+        assert outcome.duration_s >= outcome.ttft_s
+
+
+async def test_a_client_that_leaves_ends_its_flight(tmp_path: Path) -> None:
+    async with (
+        replica() as a,
+        gateway(tmp_path, ORIGINAL_DST, {"replicas": [a.address]}) as running,
+    ):
+        async with running.post(chat(stream=True, max_tokens=2000)) as response:
+            await response.content.readany()
+            response.close()
+        ended = (await running.ended()).ended
+        assert ended is not None
+        assert ended.outcome.end == "client_gone"
+
+
+async def test_a_replica_that_breaks_off_ends_the_flight(tmp_path: Path) -> None:
+    async def breaks(request: web.Request) -> web.StreamResponse:
+        assert request.transport is not None
+        request.transport.abort()
+        return web.Response()
+
+    async with Backend(breaks) as a:
+        pool = {"engine": "none", "models": ["sim"], "replicas": [a.address]}
+        async with gateway(tmp_path, ORIGINAL_DST, pool) as running:
+            async with running.post() as response:
+                assert response.status == 503
+            ended = (await running.ended()).ended
+            assert ended is not None
+            assert (ended.outcome.end, ended.outcome.status) == ("upstream_error", 503)

@@ -369,3 +369,24 @@ def test_what_is_left_to_a_tenant_goes_into_our_metadata() -> None:
     ours = response.dynamic_metadata.fields["extproc"].struct_value.fields
     assert {key: ours[key].string_value for key, _ in left} == dict(left)
     assert set(ours) == {"flight", "x-ratelimit-limit-requests", "x-ratelimit-reset-requests"}
+
+
+def test_the_head_of_a_response_tells_its_status_and_who_served() -> None:
+    message = ProcessingRequest(response_headers={"end_of_stream": True})
+    header = message.response_headers.headers.headers.add()
+    header.key, header.raw_value = ":status", b"503"
+    assert codec.event(message.SerializeToString()) == ResponseArrived(
+        Part.RESPONSE_HEADERS, end_of_stream=True, status=503
+    )
+    message.metadata_context.filter_metadata["envoy.lb"].fields[
+        "x-gateway-destination-endpoint-served"
+    ].string_value = "10.0.0.1:8000"
+    header.raw_value = b"odd"
+    assert codec.event(message.SerializeToString()) == ResponseArrived(
+        Part.RESPONSE_HEADERS, end_of_stream=True, served="10.0.0.1:8000"
+    )
+
+
+def test_headers_of_an_undecided_request_lose_a_destination_of_the_client() -> None:
+    answer = ProcessingResponse.FromString(codec.answer(Continue(Part.HEADERS, unpicked=True)))
+    assert answer.request_headers.response.header_mutation.remove_headers == ["x-gateway-destination-endpoint"]

@@ -31,6 +31,7 @@ from extproc.envoy.exchange import (
     Part,
     Refuse,
     Reply,
+    Report,
     Respond,
     ResponseArrived,
     Rules,
@@ -457,7 +458,7 @@ SCRIPTS: Mapping[str, Script] = {
         >> BodyArrived(b"{}", end_of_stream=True)
         << Decide(CHAT, b"{}", rewritable=True)
         >> Decided(PASS)
-        << Continue(Part.HEADERS)
+        << Continue(Part.HEADERS, unpicked=True)
         << EchoBody(b"{}", end_of_stream=True)
         << CLOSE
     ),
@@ -479,11 +480,13 @@ SCRIPTS: Mapping[str, Script] = {
         << EchoBody(b"{}", end_of_stream=True)
         >> DELIVERED
         >> BodyArrived(b"", end_of_stream=True)
-        >> ResponseArrived(Part.RESPONSE_HEADERS)
+        >> ResponseArrived(Part.RESPONSE_HEADERS, status=200, served="10.0.0.1:8000")
         << Continue(Part.RESPONSE_HEADERS)
         >> ResponseArrived(Part.RESPONSE_BODY, b"data: 1")
+        << Report("f1", 200, "10.0.0.1:8000", 7, over=False)
         << EchoBody(b"data: 1", end_of_stream=False, part=Part.RESPONSE_BODY)
         >> ResponseArrived(Part.RESPONSE_BODY, b"", end_of_stream=True)
+        << Report("f1", 200, "10.0.0.1:8000", 7, over=True)
         << EchoBody(b"", end_of_stream=True, part=Part.RESPONSE_BODY)
         >> ResponseArrived(Part.RESPONSE_BODY, b"", end_of_stream=True)
         >> ENDED
@@ -498,9 +501,24 @@ SCRIPTS: Mapping[str, Script] = {
         >> ResponseArrived(Part.RESPONSE_HEADERS)
         << Continue(Part.RESPONSE_HEADERS)
         >> ResponseArrived(Part.RESPONSE_BODY, b"{}")
+        << Report("f1", None, None, 2, over=False)
         << EchoBody(b"{}", end_of_stream=False, part=Part.RESPONSE_BODY)
         >> ResponseArrived(Part.RESPONSE_TRAILERS)
+        << Report("f1", None, None, 2, over=True)
         << Continue(Part.RESPONSE_TRAILERS)
+        >> ENDED
+    ),
+    "the client leaves while the response goes through us: the flight ends": (
+        Script()
+        >> HeadersArrived(MODELS, end_of_stream=True, mode=Mode.FULL_DUPLEX, duplex_response=True)
+        << Decide(MODELS, None)
+        >> Decided(STEER)
+        << SetDestination(Part.HEADERS, STEER, in_header=True)
+        >> DELIVERED
+        >> ResponseArrived(Part.RESPONSE_HEADERS, status=200)
+        << Continue(Part.RESPONSE_HEADERS)
+        >> ENDED
+        << Report("f1", 200, None, 0, over=True, cut=True)
         >> ENDED
     ),
     "a response comes first, full duplex": (

@@ -11,7 +11,7 @@ from random import Random
 
 from extproc.config import Config
 from extproc.core.router import PoolSettings, Router
-from extproc.core.types import Replica, Reset
+from extproc.core.types import End, Outcome, Replica, Reset
 from extproc.envoy import codec
 from extproc.envoy.access_log import LogCounts, deliver
 from extproc.envoy.exchange import (
@@ -31,6 +31,7 @@ from extproc.envoy.exchange import (
     IllegalEvent,
     Mode,
     Part,
+    Report,
     ResponseArrived,
     SetDestination,
     Steer,
@@ -97,7 +98,7 @@ def stream(data: bytes) -> None:
         if run.over or not run.say(event):
             break
     run.end()
-    assert router.in_flight == run.delivered, run
+    assert router.in_flight == run.delivered - run.reported, run
     assert run.opened == run.delivered + run.abandoned, run
     router.check()
 
@@ -110,7 +111,7 @@ class _Run:
         self._exchange = Exchange(self._intake.rules)
         self._proxy = Proxy(mode)
         self._router = router
-        self.opened = self.delivered = self.abandoned = 0
+        self.opened = self.delivered = self.abandoned = self.reported = 0
 
     def __repr__(self) -> str:
         return f"<{self._exchange!r} {self.opened} = {self.delivered} + {self.abandoned}>"
@@ -134,8 +135,8 @@ class _Run:
         for command in commands:  # type: ignore[attr-defined]
             if isinstance(command, Decide):
                 return self._take(self._decided(command))
-            if isinstance(command, Abandon):
-                self._abandon(command)
+            if isinstance(command, Abandon | Report):
+                self._told(command)
                 continue
             self._proxy.takes(command)
             if isinstance(command, SetDestination):
@@ -151,15 +152,20 @@ class _Run:
         self.opened += self._router.in_flight - before
         return [*asked, *self._exchange.on(Decided(answer))]
 
-    def _abandon(self, command: Abandon) -> None:
-        self._intake.abandon(command.flight, 1.0)
-        self.abandoned += 1
+    def _told(self, command: Abandon | Report) -> None:
+        """What is not for the proxy."""
+        if isinstance(command, Abandon):
+            self._intake.abandon(command.flight, 1.0)
+            self.abandoned += 1
+        elif command.over:
+            self._router.finish(command.flight, Outcome(End.OK), 1.0)
+            self.reported += 1
 
     def end(self) -> None:
         """The proxy ends the RPC."""
         for command in self._exchange.on(ENDED):
-            assert isinstance(command, Abandon), command
-            self._abandon(command)
+            assert isinstance(command, Abandon | Report), command
+            self._told(command)
 
 
 def _router() -> Router:

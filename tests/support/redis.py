@@ -61,7 +61,10 @@ class RedisServer:
     def __init__(self, *options: str, port: int | None = None, tls: bool = False, sentinel: bool = False) -> None:
         """`options` as on the command line (`--maxmemory`, `4mb`). With `tls` the port is one of TLS: name the files in the options."""
         self.port = port or free_port()
-        self._tls, self._sentinel, self._options = tls, sentinel, options
+        self.bus_port = free_port()
+        """Where other nodes of a cluster speak to it; ten thousand above its port, Redis's default, any connection may already be."""
+        bus = ("--cluster-port", str(self.bus_port)) if "--cluster-enabled" in options else ()
+        self._tls, self._sentinel, self._options = tls, sentinel, (*options, *bus)
         self.directory = Path(tempfile.mkdtemp(prefix="redis-"))
         self._process: asyncio.subprocess.Process | None = None
 

@@ -112,7 +112,7 @@ async def test_cluster_also_when_the_keys_move_to_another_node() -> None:
     )
     async with RedisServer(*options) as one_node, RedisServer(*options) as other:
         await one_node.command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
-        await one_node.command("CLUSTER", "MEET", "127.0.0.1", other.port)
+        await one_node.command("CLUSTER", "MEET", "127.0.0.1", other.port, other.bus_port)
         await until(lambda: sees(one_node, 2), timeout_s=20)
         await until(lambda: sees(other, 2), timeout_s=20)
         url = f"redis+cluster://127.0.0.1:{free_port()},127.0.0.1:{other.port},127.0.0.1:{one_node.port}"
