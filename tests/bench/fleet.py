@@ -10,7 +10,6 @@ null; with `--only` the other parts keep what an earlier run has found.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import importlib
 import json
@@ -26,6 +25,7 @@ from extproc.core.prefix.blocks import chain
 from extproc.core.router import PoolSettings, Router
 from extproc.core.types import PeerJudged, PeerReported, Placed, Reset
 from tests.bench import fleet_processes
+from tests.bench.gathering import gather
 from tests.core.support import POOL, address, replicas, request, text
 
 OUTPUT: Final = Path("build/bench-fleet.json")
@@ -153,32 +153,5 @@ PARTS: Final[dict[str, Callable[[Path | None], dict[str, Any]]]] = {
 """Each gets the folder of the recorded traces, if there is one."""
 
 
-def before() -> dict[str, Any]:
-    """What the file has of an earlier run."""
-    found: dict[str, Any] = json.loads(OUTPUT.read_text()) if OUTPUT.exists() else {}
-    return found
-
-
-def main() -> int:
-    """0 when every part that was asked for could be run."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="these parts")
-    parser.add_argument("--traces", type=Path, help="folder of the recorded traces, for the simulator")
-    given = parser.parse_args()
-    found: dict[str, Any] = {**dict.fromkeys(KEYS), **(before() if len(given.only) < len(PARTS) else {})}
-    missing: dict[str, str] = {}
-    OUTPUT.parent.mkdir(parents=True, exist_ok=True)
-    for name in given.only:
-        began = time.monotonic()
-        try:
-            found |= PARTS[name](given.traces)
-        except Exception as e:  # the other parts are worth having
-            missing[name] = f"{type(e).__name__}: {e}"
-        print(f"{name}: {missing.get(name, 'done')}, {time.monotonic() - began:.0f} s", flush=True)
-        OUTPUT.write_text(json.dumps({**found, "missing": missing}, indent=1) + "\n")
-    print(json.dumps({key: found[key] for key in KEYS if key != "redis_faults"}), f"figures in {OUTPUT}")
-    return 1 if missing else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(gather(OUTPUT, KEYS, PARTS, __doc__ or ""))
