@@ -226,9 +226,21 @@ def run(
     seeds: int = SEEDS,
     each: Mapper[Any, Any] = in_process,
 ) -> dict[str, Any]:
-    """The figures, for `make bench-models`; `traces`: folder of the recorded ones. Raises TraceError, LoadError."""
+    """The figures; `traces`: folder of the recorded ones. Raises TraceError, LoadError."""
     document: dict[str, Any] = finite(measure(list(_places(traces, requests, seeds)), WAYS, each))
     return document
+
+
+BRIEFLY: Final = (750, 2)
+"""Requests of a window, and seeds, where there is less time: fewer requests do not reach saturation."""
+
+
+def briefly(traces: Path | None) -> dict[str, Any]:
+    """The summary of a shorter run on all cores, for `make bench-models`."""
+    console = Console(width=160)
+    with pool(os.cpu_count() or 1, console, {saturation: "saturation", run_one: "runs"}) as each:
+        document = run(traces, *BRIEFLY, each)
+    return {name: document[name] for name in ("gain_ttft", "gain_ttft_by_lag", "right")}
 
 
 # --- the cost of asking ---------------------------------------------------------------------------------------------------
