@@ -50,3 +50,8 @@ class Estimates:
 def whole(outcome: Outcome) -> bool:
     """Whether the response is all that was to come: only such a one tells lengths and speeds."""
     return outcome.end is End.OK and not outcome.broken
+
+
+def failed(outcome: Outcome) -> bool:
+    """Whether the replica answered with an error instead of running the request. One that broke off later did run it."""
+    return outcome.end is End.CLIENT_ERROR or (outcome.status is not None and outcome.status >= 400)

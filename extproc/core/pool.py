@@ -8,14 +8,14 @@ from typing import Final
 from extproc.core.admission.admission import Admission, Work
 from extproc.core.admission.fairness import charge_tokens
 from extproc.core.disaggregation import Disaggregation, book, decodes, learn, prefills
-from extproc.core.estimates import Estimates
+from extproc.core.estimates import Estimates, failed
 from extproc.core.fleet import Changed, Fleet, Member
 from extproc.core.flights import Flight
 from extproc.core.health.states import State
 from extproc.core.lora import Lora
 from extproc.core.peers import PEERS_SLACK_S, Peers, trusted
 from extproc.core.policies import Policy, create
-from extproc.core.prediction import Ask, company, predict, unseen
+from extproc.core.prediction import Ask, predict, unseen
 from extproc.core.prefix.caches import Caches
 from extproc.core.prefix.index import PrefixIndex
 from extproc.core.scaling.autoscaler import NOBODY, Asked, Autoscaler
@@ -30,16 +30,11 @@ from extproc.core.types import (
     PeerReported,
     PeerServed,
     Prediction,
-    PrefixSource,
     Request,
 )
 
 KNOWN_S: Final = 0.5
 """After so long the proxy has read of a new member: a file is written and watched, which takes some tens of milliseconds."""
-
-SLOT_S: Final = 0.05
-"""A request for a LoRA adapter that was expected to wait for longer than prefill takes, by more than this, waits for a slot."""
-
 
 _WELL: Final = frozenset({State.READY, State.SLOW_STARTING, State.PROBATION})
 
@@ -260,50 +255,9 @@ def leg_ended(pool: Pool, flight: Flight, now: float, begun: bool, failed: bool)
     member.health.released(leg.id)
 
 
-def learn_first_token(pool: Pool, member: Member, flight: Flight, replica_ttft_s: float) -> None:
-    """Correct what is believed of the replica's prefill, or of how long it loads a LoRA adapter, by a first token that came."""
-    predicted, speed = flight.prediction, member.speed
-    if flight.adapter is not None:
-        ahead_s = speed.base_s + flight.work_s * speed.prefill_factor - predicted.prefill_s + flight.unseen_s
-        if predicted.queue_s > ahead_s + SLOT_S:
-            return  # it waited for others to end, and nobody knows when they did
-    if predicted.load_s:
-        other_s = predicted.ttft_s - predicted.load_s
-        pool.lora.load.learn(replica_ttft_s - other_s, other_s)
-        return
-    speed.learn_ttft(flight.work_s, replica_ttft_s, predicted.queue_s, flight.unseen_s)
-
-
-def learn_speed(member: Member, flight: Flight, outcome: Outcome, output_tokens: int | None, now: float) -> None:
-    """Correct what is believed of the replica's cache and speed by a response that it gave in whole, alone.
-
-    `output_tokens`: of all samples, reported or estimated; None when nothing tells.
-    """
-    usage = outcome.usage
-    guessed = flight.prefix_source is not PrefixSource.EXACT  # what is known needs no trust, and teaches none
-    if guessed and usage and usage.cached_tokens is not None and flight.hit_bytes and flight.prompt_bytes:
-        member.hit(flight.prompt_tokens * flight.hit_bytes / flight.prompt_bytes, usage.cached_tokens)
-    if not flight.shows_first_token or not output_tokens or output_tokens < 8 or flight.samples > 1:
-        return
-    if outcome.duration_s is not None and outcome.ttft_s is not None:
-        sequences, kv_tokens = _mean(flight.company, company(member, now))
-        step_s = (outcome.duration_s - outcome.ttft_s) / (output_tokens - 1)
-        member.speed.learn_step(sequences + 1, kv_tokens + flight.prompt_tokens, step_s)
-
-
-def _mean(before: tuple[float, float], after: tuple[float, float]) -> tuple[float, float]:
-    """The company of a request changes while it runs: halfway between what it found and what it leaves."""
-    return (before[0] + after[0]) / 2, (before[1] + after[1]) / 2
-
-
 def _fell(outcome: Outcome) -> bool:
     """Whether the replica failed the request, even if under status 200."""
     return outcome.broken or outcome.end in (End.UNREACHABLE, End.UPSTREAM_ERROR)
-
-
-def failed(outcome: Outcome) -> bool:
-    """Whether the replica answered with an error instead of running the request. One that broke off later did run it."""
-    return outcome.end is End.CLIENT_ERROR or (outcome.status is not None and outcome.status >= 400)
 
 
 def starts(pool: Pool, request: Request) -> bool:

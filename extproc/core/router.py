@@ -1,4 +1,7 @@
-"""The facade of the core: requests and facts come in here, verdicts go out. Wiring only; the parts do the work.
+"""The facade of the core: requests and facts come in here, verdicts go out.
+
+Who may go where, who waits and who is turned away is put together here; `deciding` writes the record, `running` has what is in
+flight, `learning` what is heard of replicas.
 
 One object decides in production, in the simulator and in the benchmarks. It is driven from one thread, and every call returns
 at once.
@@ -9,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 from random import Random
 from typing import Final
 
@@ -21,47 +23,36 @@ from extproc.core.catalog.listing import Listed
 from extproc.core.catalog.providers import Provider
 from extproc.core.catalog.settings import Target
 from extproc.core.catalog.steering import ELSEWHERE, Option, Place, Steering, Waiting, serves, too_late, useless
-from extproc.core.disaggregation import flight_of, settled, still_at_leg
-from extproc.core.estimates import whole
-from extproc.core.fleet import FAILED_OPEN, Member
-from extproc.core.flights import Flight, Ledger
+from extproc.core.deciding import decide, on_trial
+from extproc.core.disaggregation import settled
+from extproc.core.fleet import Member
+from extproc.core.flights import Ledger
 from extproc.core.health.states import Reason, State
-from extproc.core.observers import Ended, HealthChanged, Observer, Quiet, Waited
+from extproc.core.learning import learn
+from extproc.core.observers import HealthChanged, Observer, Quiet, Waited
 from extproc.core.patience import patience_s
-from extproc.core.peers import Placements
 from extproc.core.policies.base import Ranking
 from extproc.core.pool import (
     Pool,
     came,
-    failed,
     first_to_come,
-    learn_first_token,
-    learn_speed,
-    leg_ended,
     nobody_yet,
     starts,
     work_of,
 )
-from extproc.core.prediction import Ask, company, predict, unseen
-from extproc.core.ranks import endpoint_of, on_rank_of
+from extproc.core.prediction import Ask
+from extproc.core.running import Running
 from extproc.core.settings import PoolSettings as PoolSettings
 from extproc.core.types import (
     Add,
-    CacheChanged,
-    CacheUnknown,
     CatalogConfigured,
     Change,
     Configured,
     Decision,
-    DrainAsked,
-    DrainEnded,
     End,
     Fact,
-    GpuSampled,
     GpuUsed,
-    Identified,
     Judgement,
-    NotSampled,
     Outcome,
     PeerGone,
     PeerJudged,
@@ -69,8 +60,6 @@ from extproc.core.types import (
     PeerReported,
     PeerServed,
     Placed,
-    Prediction,
-    Probed,
     Progressed,
     Refusal,
     Reject,
@@ -78,9 +67,6 @@ from extproc.core.types import (
     Request,
     Reset,
     Route,
-    Sampled,
-    Scored,
-    Serves,
     Stalled,
     TenantServed,
     Turn,
@@ -88,14 +74,8 @@ from extproc.core.types import (
     Wait,
 )
 
-TRIAL: Final = "trial"
-"""The reason of decisions for a replica that would otherwise wait in vain to show that it is well."""
-SILENT_S: Final = 3.0
-"""A replica with work that gives no sign for so long is not counted on: longer than any step, or the wait between scrapes."""
 LEAVE_S: Final = 0.25
 """Between two looks at all who wait for a pool that has nobody: a look at a full queue takes some milliseconds."""
-ENDPOINTS: Final = 3
-"""Length of the list given to Envoy: the best and two alternates for its retries."""
 
 
 class Router:
@@ -120,21 +100,19 @@ class Router:
         """Which pool or provider a request goes to."""
         self._rng = rng
         self._observer = observer or Quiet()
-        self._ttl_s = flight_ttl_s
         self._max_flights = max_flights
-        self._ledger = Ledger()
         self._boot = f"{rng.getrandbits(32):08x}"
         self._count = 0
-        self._placements = Placements()
         self.limits = Limits()
         """Of tenants; only requests with an account are counted."""
+        self._running = Running(self._pools, self.steering, self.limits, self._observer, flight_ttl_s)
         self._leave_at: dict[str, float] = {}
         """Pool without anybody -> when those who wait for it are looked at next for other ways."""
         self._held: dict[str, Pool] = {}
         """Ticket -> where it waits, until its turn was told."""
 
     def __repr__(self) -> str:
-        return f"<router {list(self._pools.values())} {self._ledger!r}>"
+        return f"<router {list(self._pools.values())} {self._running.ledger!r}>"
 
     @property
     def pools(self) -> Mapping[str, Pool]:
@@ -143,12 +121,12 @@ class Router:
     @property
     def in_flight(self) -> int:
         """Open flights."""
-        return len(self._ledger)
+        return len(self._running.ledger)
 
     @property
     def ledger(self) -> Ledger:
         """The books on them, to be looked at."""
-        return self._ledger
+        return self._running.ledger
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
@@ -207,12 +185,11 @@ class Router:
 
     def _provide(self, provider: Provider, request: Request, now: float) -> Route | Reject:
         self._count += 1
-        made = provider.route(request, f"{self._boot}-{self._count:x}", self._ttl_s, now)
+        made = provider.route(request, f"{self._boot}-{self._count:x}", self._running.ttl_s, now)
         if isinstance(made, Reject):
             return made
         route, flight = made
-        self._ledger.open(flight)
-        self._observer.decided(route.decision)
+        self._running.outside(flight, route.decision)
         return route
 
     def _admit(self, pool: Pool, request: Request, waiting: Waiting, now: float, again: bool) -> Verdict:
@@ -274,8 +251,7 @@ class Router:
         ranking = pool.policy.rank(ask, members, now, self._rng)
         if ask.split is not None:
             ranking = settled(ask, ranking)
-        prediction = predict(ask, ranking.order[0][1], now)
-        return self._decision("", pool, ask, ranking.reason, ranking.order, prediction, now, listed=len(members))
+        return decide("", pool, ask, ranking, now, listed=len(members))
 
     def turns(self, now: float) -> list[Turn]:
         """The waits that end now: routed, reserved like those of `arrive`, or refused. To be asked after every call that
@@ -313,18 +289,14 @@ class Router:
 
     def finish(self, flight_id: str, outcome: Outcome, now: float) -> None:
         """A flight ended. Ids that are not open are counted and change nothing: late, doubled, or another process's."""
-        flight = self._ledger.close(flight_id)
-        if flight is None:
-            self._observer.unknown_flight(outcome)
-            return
-        self._end(flight, outcome, now)
+        self._running.finish(flight_id, outcome, now)
 
     def forget(self, flight_id: str, now: float) -> bool:
         """The answer that names the flight may never have arrived: close it, unless something was reported of it since.
 
         Whether it was closed.
         """
-        flight = self._ledger.get(flight_id)
+        flight = self._running.ledger.get(flight_id)
         if flight is None or flight.reported_at > flight.routed_at:
             return False
         self.finish(flight_id, Outcome(End.CLIENT_GONE), now)
@@ -342,10 +314,10 @@ class Router:
     def learn(self, fact: Fact, now: float) -> None:
         """Take in something from outside. Facts on pools, replicas or flights that are not known change nothing."""
         if isinstance(fact, Progressed):
-            self._progressed(fact, now)
+            self._running.progressed(fact, now)
             return
         if isinstance(fact, Stalled):
-            self._stalled(fact.for_s)
+            self._running.stalled(fact.for_s)
             return
         if isinstance(fact, CatalogConfigured):
             self.steering.configure(fact.settings)
@@ -366,42 +338,7 @@ class Router:
         if isinstance(fact, PeerReported | PeerJudged | PeerServed | PeerGone):
             pool.told(fact, now)
             return
-        member = pool.fleet.get(fact.address)
-        if member is None:
-            return
-        match fact:
-            case Sampled(sample=sample):
-                if member.sampled(sample, now):
-                    pool.caches.restarted(member.address, now)
-                if capacity := sample.kv_capacity_tokens:
-                    model = next(iter(pool.settings.models or member.models), None)
-                    per_token = pool.prompt_tokens.bytes_per_token(model)
-                    pool.index.set_capacity(member.address, capacity * per_token * member.cache_share)
-            case NotSampled(why=why):
-                member.not_sampled(why, now)
-            case Identified(engine=engine):
-                if member.identified(engine, now):
-                    pool.caches.restarted(member.address, now)
-            case GpuSampled():
-                member.gpu_sampled(fact, now)
-            case Probed(refused=True):
-                member.health.refused(now)
-            case Probed(probe=probe, ok=ok):
-                if member.probed(probe, ok, now):
-                    pool.caches.restarted(member.address, now)
-            case DrainAsked(within_s=within_s):
-                member.health.drain(within_s, now)
-            case DrainEnded():
-                member.health.drain_ended(now)
-            case Serves(models=models, parents=parents):
-                member.models, member.parents = models, parents
-                if parents or pool.lora.holders:
-                    pool.list_adapters()
-            case Placed(blocks=blocks):
-                if member.state(now) is not State.GONE:
-                    pool.index.insert(member.address, blocks)
-            case CacheChanged() | CacheUnknown():
-                pool.caches.told(fact, now)
+        learn(pool, fact, now)
 
     def expire(self, now: float) -> int:
         """Close the flights whose end was never reported, and notice what time has changed in the health of replicas. To be
@@ -413,16 +350,12 @@ class Router:
                 pool.scaling.look(pool.admission, pool.fleet, now)
             for name in pool.peers.silent(now):
                 pool.told(PeerGone(pool.settings.name, name), now)
-        lost = self._ledger.expired(now)
-        for flight in lost:
-            self._ledger.close(flight.id)
-            self._end(flight, Outcome(End.LOST), now)
-        return len(lost)
+        return self._running.expire(now)
 
     def next_wakeup(self) -> float | None:
         """When `expire` or `turns` has something to do next, if nothing else happens."""
         times = [pool.admission.next_wakeup for pool in self._pools.values()] if self._held else []
-        return min((at for at in (self._ledger.next_expiry(), *times) if at is not None), default=None)
+        return min((at for at in (self._running.ledger.next_expiry(), *times) if at is not None), default=None)
 
     # --- what is told to other routers --------------------------------------------------------------------------------
 
@@ -449,7 +382,7 @@ class Router:
 
     def placements(self) -> list[Placed]:
         """Where prompts were sent since the last call, in all pools; bounded, each chain once. From the first call on."""
-        return self._placements.take()
+        return self._running.placements.take()
 
     def served(self, pool: str) -> tuple[TenantServed, ...]:
         """What this router has charged tenants of a pool since it began: those charged last, bounded in number."""
@@ -467,7 +400,7 @@ class Router:
 
     @property
     def _full(self) -> bool:
-        return len(self._ledger) >= self._max_flights
+        return len(self._running.ledger) >= self._max_flights
 
     def _refuse(self, reject: Reject, place: Place | None) -> Reject:
         self._observer.refused(reject, None if place is None else place.settings.name)
@@ -608,106 +541,17 @@ class Router:
     def _send(self, pool: Pool, ask: Ask, ranking: Ranking, now: float) -> Route:
         """Reserve the first of the ranking."""
         if pool.fleet.trial_due is not None:
-            ranking = _on_trial(ranking, pool.fleet.trial_due)
+            ranking = on_trial(ranking, pool.fleet.trial_due)
             pool.fleet.trial_due = None
         if ask.split is not None:
             ranking = settled(ask, ranking)
         best = ranking.order[0][1]
-        prediction = predict(ask, best, now)
         self._count += 1
-        decision = self._decision(
-            f"{self._boot}-{self._count:x}", pool, ask, ranking.reason, ranking.order, prediction, now, listed=ENDPOINTS
-        )
+        decision = decide(f"{self._boot}-{self._count:x}", pool, ask, ranking, now)
         pool.policy.took(ask, best)  # after the record of what it looked at
-        self._reserve(decision, pool, ask, best, now)
-        self._observer.decided(decision)
+        self._running.reserve(decision, pool, ask, best, now)
         patience = patience_s(ask.request, decision, pool.settings.health)
         return Route(decision.flight, decision.endpoints, decision, patience)
-
-    def _decision(
-        self,
-        flight: str,
-        pool: Pool,
-        ask: Ask,
-        reason: str,
-        order: Sequence[tuple[float, Member]],
-        prediction: Prediction,
-        now: float,
-        listed: int,
-    ) -> Decision:
-        return Decision(
-            at=now,
-            flight=flight,
-            pool=pool.settings.name,
-            model=ask.request.model,
-            api=ask.request.api,
-            policy=pool.policy.name,
-            reason=FAILED_OPEN if order[0][1].health.passed_over(now) else reason,
-            endpoints=_endpoints(pool, order),
-            prompt_tokens=ask.prompt_tokens,
-            output_tokens=ask.output_tokens,
-            prediction=prediction,
-            candidates=tuple(
-                Scored(member.replica.address, score, pool.policy.terms(ask, member, now))
-                for score, member in order[:listed]
-            ),
-            output_p90_tokens=pool.output_tokens.p90(
-                ask.request.model, ask.request.api, ask.request.tenant, ask.request.max_output_tokens
-            ),
-            target=ask.request.target,
-            prefix_source=ask.prefix_source(order[0][1].replica.address),
-            prefiller=None if ask.split is None else ask.split.member.address,
-        )
-
-    def _reserve(self, decision: Decision, pool: Pool, ask: Ask, member: Member, now: float) -> None:
-        request, prediction = ask.request, decision.prediction
-        together, backlog_s = company(member, now), member.backlog_s(now)
-        flight = Flight(
-            id=decision.flight,
-            pool=decision.pool,
-            address=member.replica.address,
-            model=request.model,
-            api=request.api,
-            tenant=request.tenant,
-            stream=request.stream,
-            blocks=request.blocks,
-            prompt_bytes=request.prompt_bytes,
-            prompt_tokens=ask.prompt_tokens,
-            output_tokens=ask.output_tokens,
-            samples=request.samples,
-            hit_bytes=self._hit_bytes(ask, member),
-            prediction=prediction,
-            work_s=(backlog_s + prediction.prefill_s) / member.speed.prefill_factor,
-            unseen_s=unseen(member, now) * ask.prices.unseen_s,
-            company=together,
-            exact_tokens=request.prompt_tokens is not None and not request.tokenized,
-            tokenized=request.tokenized,
-            routed_at=now,
-            expires_at=now + self._ttl_s,
-            heard_at=now,
-            reported_at=now,
-            output_p90_tokens=decision.output_p90_tokens,
-            target=request.target,
-            prefix_source=decision.prefix_source,
-            adapter=None if ask.adapter is None else ask.adapter.name,
-            slot_at=0.0 if ask.adapter is None else now + prediction.queue_s,
-        )
-        self._ledger.open(flight)
-        pool.admission.sent(flight, request.priority, now)
-        pool.traffic.arrived(prediction.prefill_s, now)
-        if ask.split is not None:
-            pool.book(flight, ask, now)
-        member.load.open(flight, now, backlog_s)
-        member.health.tried(flight.id, now)
-        pool.caches.placed(flight.id, member.replica.address, request)
-        if request.blocks.hashes:
-            self._placements.add(decision.pool, member.replica.address, request.blocks)
-            if decision.prefiller is not None:
-                self._placements.add(decision.pool, decision.prefiller, request.blocks)
-
-    def _hit_bytes(self, ask: Ask, member: Member) -> int:
-        hit = ask.hit_tokens.get(member.replica.address) if ask.split is None else None
-        return round(hit * (ask.request.prompt_bytes or 0) / ask.prompt_tokens) if hit else 0
 
     def _changed(self, pool: Pool, change: Change, now: float) -> None:
         pool.listed = True
@@ -717,111 +561,10 @@ class Router:
         if pool.lora.holders:
             pool.list_adapters()
 
-    def _stalled(self, for_s: float) -> None:
-        """As if the time had not passed, for all that is inferred from silence."""
-        self._ledger.prolong(for_s)
-        for _, member in self.members():
-            member.heard_at += for_s
-
     def _health_changed(self, pool: str, address: str, before: State, after: State, reason: Reason) -> None:
         if after is State.GONE:
             self._pools[pool].caches.gone(address)
         self._observer.health_changed(HealthChanged(pool, address, before, after, reason))
-
-    def _progressed(self, fact: Progressed, now: float) -> None:
-        flight = self._ledger.get(fact.flight)
-        if flight is None:
-            return
-        self._ledger.touch(flight, now + self._ttl_s)
-        flight.reported_at = now
-        grown = fact.response_bytes > flight.response_bytes
-        flight.response_bytes = fact.response_bytes
-        if fact.served is not None and flight.address:
-            served = on_rank_of(fact.served, flight.address)
-            if served != flight.at:
-                self._sent_on(flight, served, now)
-        member = self._pools[flight.pool].fleet.get(flight.at) if flight.address else None
-        if member is None or not member.load.has(flight):
-            return
-        if grown:
-            flight.heard_at = now
-            member.worked(now)
-        if flight.first_token_at is not None:
-            return
-        if flight.shows_first_token and fact.replica_ttft_s is not None:
-            self._first_token(member, flight, fact.replica_ttft_s, now)
-            member.began(flight, now)
-        elif fact.replica_ttft_s is None and (flight.shows_first_token or _silent(member, flight, now)):
-            if flight.leg is not None:
-                still_at_leg(self._pools[flight.pool].fleet, flight, now)
-            else:
-                member.load.still_prefilling(flight, now)
-
-    def _sent_on(self, flight: Flight, served: str, now: float) -> None:
-        """The proxy gave it to another: its load goes along, and what it brings says nothing of the one that was chosen."""
-        fleet = self._pools[flight.pool].fleet
-        before, after = fleet.get(flight.at), fleet.get(served)
-        if before is not None and before.load.has(flight):
-            before.load.close(flight, now)
-        flight.at, flight.heard_at = served, now
-        self._pools[flight.pool].caches.pending.move(flight.id, served)
-        if after is not None:
-            after.load.open(flight, now)
-            if flight.first_token_at is not None:
-                after.load.first_token(flight, flight.first_token_at)
-
-    def _first_token(self, member: Member, flight: Flight, replica_ttft_s: float, now: float) -> None:
-        member.load.first_token(flight, min(flight.routed_at + replica_ttft_s, now))
-        if flight.leg is not None:
-            self._pools[flight.pool].leg_computed(flight, replica_ttft_s, now)
-        elif flight.prompt_bytes and flight.at == flight.address:
-            learn_first_token(self._pools[flight.pool], member, flight, replica_ttft_s)
-
-    def _end(self, flight: Flight, outcome: Outcome, now: float) -> None:
-        """Everything that the end of a flight changes."""
-        if not flight.address:
-            self._end_outside(flight, outcome, now)
-            return
-        pool = self._pools[flight.pool]
-        if pool.settings.ranks > 1 and outcome.served is not None:
-            outcome = replace(outcome, served=on_rank_of(outcome.served, flight.address))
-        member = pool.fleet.get(flight.at)
-        if member is not None and not member.load.has(flight):
-            member = None  # it left and came back meanwhile: another process, which never had the flight
-        moved = outcome.served is not None and outcome.served != flight.address
-        if member is not None:
-            self._leave(member, flight, outcome, moved, now)
-        if pool.scaling is not None and flight.shows_first_token and outcome.ttft_s is not None:
-            pool.scaling.first_token(outcome.ttft_s, now)
-        pool.settle_prefix(flight, outcome, now)
-        pool.judge(flight, outcome, moved, now)
-        if flight.leg is not None:
-            begun = outcome.end is End.OK and not failed(outcome)
-            leg_ended(pool, flight, now, begun, outcome.end is End.UPSTREAM_ERROR)
-        output_tokens = pool.learn_tokens(flight, outcome)
-        pool.admission.settle(flight, outcome, output_tokens)
-        self.limits.settle(flight.id, outcome, flight.prompt_tokens, output_tokens)
-        if whole(outcome) and outcome.duration_s is not None:
-            ttft_s = outcome.ttft_s if flight.shows_first_token and outcome.ttft_s else flight.prediction.ttft_s
-            pool.traffic.answered(min(ttft_s, outcome.duration_s), max(outcome.duration_s - ttft_s, 0.0))
-        if member is not None and not moved and whole(outcome):
-            learn_speed(member, flight, outcome, output_tokens, now)
-        self._observer.ended(Ended(flight, outcome, moved, output_tokens))
-
-    def _end_outside(self, flight: Flight, outcome: Outcome, now: float) -> None:
-        """The same for a flight to a provider, which may no longer be configured."""
-        provider = self.steering.providers.get(flight.pool)
-        output_tokens = provider.settle(flight, outcome, now) if provider is not None else None
-        self.limits.settle(flight.id, outcome, flight.prompt_tokens, output_tokens)
-        self._observer.ended(Ended(flight, outcome, False, output_tokens))
-
-    def _leave(self, member: Member, flight: Flight, outcome: Outcome, moved: bool, now: float) -> None:
-        """Take the flight's load off the replica."""
-        # The first byte of an error says nothing of prefill: learning from it would make a failing replica look fast.
-        told = flight.shows_first_token and flight.first_token_at is None and not moved and not failed(outcome)
-        if told and outcome.replica_ttft_s is not None:
-            self._first_token(member, flight, outcome.replica_ttft_s, now)
-        member.load.close(flight, now)
 
     # --- inspection ---------------------------------------------------------------------------------------------------
 
@@ -837,65 +580,18 @@ class Router:
 
     def check(self) -> None:
         """Raise AssertionError if the ledger, the loads and the index disagree; for tests and simulations."""
-        self._ledger.check()
+        self._running.check()
         waiting = {entry.held.ticket for pool in self._pools.values() for entry in pool.admission.queue}
         assert waiting <= self._held.keys(), self
-        assert all(i in self._held or self._ledger.get(i) is not None for i in self.limits.counted), self.limits
+        assert all(i in self._held or self.ledger.get(i) is not None for i in self.limits.counted), self.limits
         self.limits.check_books()
-        for name, pool in self._pools.items():
+        for pool in self._pools.values():
             pool.admission.queue.check()
             pool.caches.check()
-            assert pool.index.addresses | pool.caches.exact.addresses <= {
-                member.address for member in pool.fleet.members
-            }, pool
-            for member in pool.fleet.members:
-                member.load.check()
-                for flight in member.load:
-                    assert self._ledger.get(flight.id) is flight, flight
-                    assert (flight.pool, flight.at) == (name, member.address), flight
-                for leg in member.load.legs:
-                    flight_with_leg = self._ledger.get(flight_of(leg.id))
-                    assert flight_with_leg is not None, leg
-                    assert flight_with_leg.leg is not None, leg
-                    assert (flight_with_leg.leg.flight, leg.address) == (leg, member.address), leg
-        for flight in self._ledger:
-            if not flight.address:
-                continue
-            at = self._pools[flight.pool].fleet.get(flight.at)
-            # One that joined since then is another process at the same address: it never had the flight.
-            assert at is None or at.load.has(flight) or flight.routed_at <= at.joined_at, flight
-            if flight.leg is not None:
-                leg = flight.leg.flight
-                by = self._pools[flight.pool].fleet.get(leg.address)
-                assert by is None or by.load.has_leg(leg) or leg.routed_at <= by.joined_at, leg
-
-
-def _endpoints(pool: Pool, order: Sequence[tuple[float, Member]]) -> tuple[str, ...]:
-    """The best, and where the proxy may try it again: at other addresses, which it then asks for the same data parallel rank."""
-    if pool.settings.ranks == 1:
-        return tuple([member.replica.address for _, member in order[:ENDPOINTS]])
-    best = order[0][1].address
-    apart = dict.fromkeys([endpoint_of(best), *(endpoint_of(member.address) for _, member in order)])
-    return tuple(on_rank_of(endpoint, best) for endpoint in islice(apart, ENDPOINTS))
-
-
-def _on_trial(ranking: Ranking, address: str) -> Ranking:
-    """With that replica first, if it is a candidate."""
-    first = [scored for scored in ranking.order if scored[1].address == address]
-    if not first:
-        return ranking
-    return Ranking([*first, *(scored for scored in ranking.order if scored[1].address != address)], TRIAL)
+            cached = pool.index.addresses | pool.caches.exact.addresses
+            assert cached <= {member.address for member in pool.fleet.members}, pool
 
 
 def _unreachable(members: Sequence[Member], now: float) -> bool:
     """Whether nothing listens on any of these."""
     return all(member.health.unreachable(now) for member in members)
-
-
-def _silent(member: Member, flight: Flight, now: float) -> bool:
-    """Whether a response that comes as a whole is overdue on a replica that gives no sign of work: it may hang.
-
-    Overdue alone says little, for the length of an answer is a guess; a replica at work moves its counters.
-    """
-    due = flight.routed_at + flight.prediction.ttft_s + flight.prediction.decode_s
-    return now > due and now - member.heard_at > SILENT_S

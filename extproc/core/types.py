@@ -511,26 +511,22 @@ class Stalled:
     for_s: float
 
 
-Fact = (
-    Change
-    | Sampled
+ReplicaFact = (
+    Sampled
     | NotSampled
     | Identified
     | GpuSampled
     | Serves
-    | Progressed
     | Probed
     | DrainAsked
     | DrainEnded
-    | Configured
-    | CatalogConfigured
-    | GpuUsed
-    | Stalled
-    | PeerFact
     | Placed
     | CacheChanged
     | CacheUnknown
 )
+"""Of one replica, whose pool and address it names."""
+
+Fact = Change | PeerFact | ReplicaFact | Progressed | Configured | CatalogConfigured | GpuUsed | Stalled
 
 
 # --- verdicts ---------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ def test_an_end_that_is_not_told_is_found() -> None:
     for _ in range(100):
         soak.step()
     flight = next(name for _, _, what, name in soak.due if what == End.OK)
-    soak.router._ledger.close(flight)  # lost without a trace
+    soak.router.ledger.close(flight)  # lost without a trace
     with pytest.raises(AssertionError):
         soak.finish()
 

@@ -9,7 +9,8 @@ import pytest
 from extproc.core.health.settings import HealthSettings
 from extproc.core.health.states import State
 from extproc.core.observers import Several
-from extproc.core.router import SILENT_S, PoolSettings, Router
+from extproc.core.router import PoolSettings, Router
+from extproc.core.running import SILENT_S
 from extproc.core.types import (
     Add,
     Api,

@@ -115,7 +115,7 @@ def test_true_lengths_are_told_only_when_asked_for() -> None:
 def test_requests_are_dealt_to_the_routers_in_turn_and_each_learns_of_its_own() -> None:
     result = run(steady(), routers=3)
     assert [s.router for s in by_turn(result)] == [i % 3 for i in range(120)]
-    assert [s.router._ledger.opened for s in result.sidecars] == [40, 40, 40]
+    assert [s.router.ledger.opened for s in result.sidecars] == [40, 40, 40]
 
 
 def test_routers_that_do_not_talk_see_each_others_requests_in_the_samples_alone() -> None:
