@@ -99,7 +99,7 @@ class Running:
                 member.load.still_prefilling(flight, now)
 
     def stalled(self, for_s: float) -> None:
-        """This process stood still so long: as if the time had not passed, for all that is inferred from silence."""
+        """Nothing ran here for so long: as if the time had not passed, for all that is inferred from silence."""
         self.ledger.prolong(for_s)
         for pool in self._pools.values():
             for member in pool.fleet.members:
