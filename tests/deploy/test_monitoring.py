@@ -188,10 +188,35 @@ def test_prometheus_takes_its_configuration(tmp_path: Path) -> None:
 
 
 def test_prometheus_takes_the_expressions_of_the_dashboard(tmp_path: Path) -> None:
-    filled = [e.replace("$__rate_interval", "5m").replace("$pool", ".*") for e in [*dashboard(), *scalers()]]
+    filled = [
+        e.replace("$__rate_interval", "5m").replace("$pool", ".*").replace("$replica_hour", "2.5")
+        for e in [*dashboard(), *scalers()]
+    ]
     recorded = [{"record": f"panel_{i}", "expr": e} for i, e in enumerate(filled)]
     (tmp_path / "panels.yaml").write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": recorded}]}))
     promtool("check", "rules", str(tmp_path / "panels.yaml"))
+
+
+def test_each_severity_but_info_has_somebody_who_is_told() -> None:
+    manager = yaml.safe_load((DEPLOY / "prometheus" / "alertmanager.yaml").read_text())
+    receivers = {each["name"]: each for each in manager["receivers"]}
+    told = {m: receivers[r["receiver"]] for r in manager["route"]["routes"] for m in r["matchers"]}
+    assert set(told) == {f'severity = "{rule["labels"]["severity"]}"' for rule in rules()} - {'severity = "info"'}
+    assert all(len(receiver) > 1 for receiver in told.values())
+    patterns = [
+        re.search(r'"(.*)"', text)[1]  # type: ignore[index]
+        for rule in manager["inhibit_rules"]
+        for text in (*rule["source_matchers"], *rule["target_matchers"])
+    ]
+    names = {rule["alert"] for rule in rules()}
+    assert [p for p in patterns if not any(re.fullmatch(p, name) for name in names)] == []
+
+
+def test_alertmanager_takes_its_configuration() -> None:
+    found = tool("amtool", "it comes with Debian's prometheus-alertmanager")
+    path = DEPLOY / "prometheus" / "alertmanager.yaml"
+    done = subprocess.run([found, "check-config", str(path)], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_alerts_say_how_bad_and_what() -> None:
