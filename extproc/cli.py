@@ -145,6 +145,42 @@ def backend(path: Path | None, **options: Any) -> None:
 
 
 @main.command()
+@click.option(
+    "--model-config", type=click.Path(path_type=Path), help="The model's config.json, instead of the four below."
+)
+@click.option("--layers", type=int)
+@click.option("--heads", type=int, help="Of attention.")
+@click.option("--kv-heads", type=int, help="Fewer with grouped queries.")
+@click.option("--head-size", type=int)
+@click.option("--parameters", type=float, required=True, help="Billions.")
+@click.option("--weight-bytes", type=float, default=2.0, show_default=True, help="Of a parameter; FP8 has 1.")
+@click.option("--kv-bytes", type=float, default=2.0, show_default=True, help="Of a number in the KV cache.")
+@click.option("--tokens", type=int, default=4096, show_default=True, help="Prompt and output of a sequence.")
+@click.option("--concurrent", type=int, default=32, show_default=True, help="Sequences at once on a replica.")
+@click.option("--gpu-gb", type=float, default=80.0, show_default=True, help="Memory of a GPU.")
+@click.option("--pipeline-parallel", type=int, default=1, show_default=True)
+@click.option("--rate", type=float, help="Requests a second of all clients.")
+@click.option("--rate-per-replica", type=float, help="Of one replica.")
+@click.option("--json", "as_json", is_flag=True, help="Figures by name.")
+def capacity(model_config: Path | None, as_json: bool, **options: Any) -> None:
+    """GPU memory of a model, GPUs of a replica, replicas for a load: by arithmetic."""
+    from extproc.sim.capacity import Asked, Model, answer, checked, lines, load_model
+
+    options["parameters_b"] = options.pop("parameters")
+    of_model = {name: options.pop(name) for name in Model.model_fields}
+    try:
+        if model_config is not None:
+            names = ("parameters_b", "weight_bytes", "kv_bytes")
+            model = load_model(model_config, *(of_model[name] for name in names))
+        else:
+            model = checked(Model, of_model, "options")
+        asked = checked(Asked, options, "options")
+    except ConfigError as e:
+        raise click.ClickException(str(e)) from None
+    click.echo(json.dumps(answer(model, asked), indent=1) if as_json else "\n".join(lines(model, asked)))
+
+
+@main.command()
 @click.argument("body", type=click.File("rb"), default="-")
 @click.option("--url", default=_URL, show_default=True, help="extproc's HTTP port.")
 @click.option("--tenant", help="Whose it is, where there are tenants; else it is nobody's.")
