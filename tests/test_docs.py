@@ -117,6 +117,16 @@ def test_every_option_says_what_it_does() -> None:
     assert re.findall(r"^\| `(\w+)` \|.*\|\s*\|$", POLICIES.read_text(), re.MULTILINE) == []
 
 
+def test_what_nginx_calls_otherwise_exists_here() -> None:
+    """The second column: policies by name, other keys as the last part of a dotted one."""
+    rows = re.findall(r"^\|[^|]+\|([^|]+)\|", (ROOT / "docs" / "nginx.md").read_text(), re.MULTILINE)
+    code = [found for row in rows for found in re.findall(r"`([^`]+)`", row)]
+    assert {m[1] for text in code if (m := re.match(r"policy: (\w+)", text))} - set(REGISTRY) == set()
+    keys = {m[1] for text in code if (m := re.fullmatch(r"(?:\w+(?:\[\])?\.)*([a-z]\w*)(?:: \d+)?", text))}
+    assert len(keys) > 10
+    assert keys - {name.removesuffix("[]") for _, name, _ in fields(Config)} == set()
+
+
 # --- metrics ----------------------------------------------------------------------------------------------------------
 
 
