@@ -26,7 +26,7 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry, disable_created_metrics
 
 from extproc.adapters import discovery
-from extproc.adapters.admin import Admin
+from extproc.adapters.admin import Admin, Wanted
 from extproc.adapters.config_watch import ConfigState, ConfigWatch
 from extproc.adapters.engines import CHOICES, health_paths
 from extproc.adapters.gpu import follow
@@ -69,9 +69,11 @@ from extproc.core import fleet
 from extproc.core.admission.settings import QueueSettings
 from extproc.core.health.settings import HealthSettings
 from extproc.core.health.states import State
+from extproc.core.lora import UNKNOWN
 from extproc.core.observers import Ended, HealthChanged, Quiet, Several
 from extproc.core.pool import Pool
 from extproc.core.ranks import endpoint_of
+from extproc.core.roles import role, unknown_role
 from extproc.core.router import Router
 from extproc.core.scaling.settings import ScalingSettings, Thresholds
 from extproc.core.scaling.warm import WarmSettings
@@ -87,8 +89,8 @@ from extproc.core.types import (
     Fact,
     NotSampled,
     Probed,
+    Remove,
     Replica,
-    Request,
     Reset,
     Sampled,
     ScrapeFailure,
@@ -103,6 +105,7 @@ from extproc.envoy.models import catalog_settings
 from extproc.envoy.scaler import Scale, Scaler
 from extproc.envoy.server import Server
 from extproc.openai.errors import HttpError
+from extproc.openai.tokens import TOKENIZED, Tokenized
 from extproc.redis_url import parse
 
 log = logging.getLogger(__name__)
@@ -126,10 +129,17 @@ DOUBT = frozenset({State.STARTING, State.SUSPECT, State.OPEN, State.PROBATION})
 class Waker(Quiet):
     """Has a replica scraped soon after it was given work, and scraped and checked soon after doubt arose."""
 
-    def __init__(self, scrape: Callable[[str], None], probe: Callable[[str], None], tell: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        scrape: Callable[[str], None],
+        probe: Callable[[str], None],
+        list_models: Callable[[str], None],
+        tell: Callable[[], None],
+    ) -> None:
         """`tell`: the proxy has to hear of a change."""
         self._scrape = scrape
         self._probe = probe
+        self._list_models = list_models
         self._tell = tell
 
     def decided(self, decision: Decision) -> None:
@@ -144,6 +154,8 @@ class Waker(Quiet):
         if ended.moved or ended.outcome.broken or ended.outcome.end in (End.UNREACHABLE, End.UPSTREAM_ERROR):
             self._scrape(ended.flight.address)  # passed over until it is heard of again
             self._probe(ended.flight.address)
+        if ended.flight.adapter is not None and ended.outcome.status == UNKNOWN:
+            self._list_models(ended.flight.at)  # it may have been unloaded there
 
     def health_changed(self, change: HealthChanged) -> None:
         self._tell()
@@ -185,7 +197,7 @@ class App:
                 ModelMetrics(self.registry),
                 *([tokenizing_metrics] if self._tokenizing else []),
                 self.recorder,
-                Waker(self._scrape_soon, self._probe_soon, self._tell_envoy),
+                Waker(self._scrape_soon, self._probe_soon, self._list_soon, self._tell_envoy),
             ),
             config.requests.flight_ttl_s,
             config.requests.max_flights,
@@ -278,11 +290,11 @@ class App:
         self._scaler.close()
         await self._server.stop(grace_s)
         await self._reader.stop()
-        if self._tokenizing is not None:
-            self._tokenizing.close()
         self._loop_watch.stop()
         if self._web is not None:
             await self._web.cleanup()
+        if self._tokenizing is not None:
+            self._tokenizing.close()
         self._pulse.stop()
         await self._tasks.stop()
         await self._prober.stop()
@@ -366,10 +378,20 @@ class App:
             self._learn(each)
         if isinstance(change, Reset):
             self._known.add(change.pool)
+        self._warn_of_roles(change)
         self._scraper.follow(change)
         self._prober.follow(change)
         self._listening.follow(change)
         self._members_changed.set()
+
+    def _warn_of_roles(self, change: Change) -> None:
+        """Of replicas that join a pool where prefill and decode are apart and that are known to do neither."""
+        pool = self.router.pools.get(change.pool)
+        if pool is None or pool.disaggregation is None or isinstance(change, Remove):
+            return
+        for replica in change.replicas if isinstance(change, Reset) else (change.replica,):
+            if role(replica.labels) is None:
+                log.warning("pool %s, replica %s: %s", change.pool, replica.address, unknown_role(replica.labels))
 
     def _scale(self, pool: str | None) -> Scale | None:
         """What the external scaler asks for; None where no such pool scales."""
@@ -384,6 +406,9 @@ class App:
 
     def _scrape_soon(self, address: str) -> None:
         self._scraper.wake(endpoint_of(address))
+
+    def _list_soon(self, address: str) -> None:
+        self._scraper.list_soon(endpoint_of(address))
 
     def _probe_soon(self, address: str) -> None:
         self._prober.wake(endpoint_of(address))
@@ -435,6 +460,7 @@ class App:
                 self._discover(new)
             if _gpu_url(old) != _gpu_url(new):
                 self._follow_gpus(new)
+                self._watch_gpus(new)  # who tells the mean over the pool is another now
 
         try:
             self._listening.configure(config.pools, self._replicas)
@@ -462,12 +488,20 @@ class App:
         """Before the decision on a request, where limits are strict."""
         await self._tenancy.before(self._intake.accounts(head))
 
-    def _asked(
+    async def _asked(
         self, path: str, headers: Mapping[str, str], body: bytes, tenant: str | None, tier: str | None
-    ) -> Request | HttpError:
+    ) -> Wanted | HttpError:
         """For the page that explains: what a request with these headers would ask of the router."""
         read = {name: value for name, value in headers.items() if name in self._intake.headers}
-        return self._intake.asked(Head("POST", path, headers=read), body, tenant, tier)
+        ready = self._intake.asked(Head("POST", path, headers=read), body, tenant, tier)
+        if isinstance(ready, HttpError):
+            return ready
+        if self._tokenizing is None:
+            return Wanted(ready.request)
+        found = await self._tokenizing.explained(self._intake.places(ready), ready.question, body)
+        if isinstance(found, Tokenized):
+            return Wanted(ready.tokenized(found), TOKENIZED)
+        return Wanted(ready.request, found)
 
     def _follow_gpus(self, pool: PoolConfig) -> None:
         """Ask for the use of the pool's GPUs from now on, where it is told of."""
@@ -480,7 +514,12 @@ class App:
 
     async def _gpus_of(self, pool: PoolConfig, settings: Gpus) -> None:
         replicas = partial(self._replicas, pool.name)
-        await GpuWatch(pool.name, settings, replicas, self._learn, whole=_gpu_url(pool) is None).run()
+        whole = _gpu_url(pool) is None
+        await GpuWatch(pool.name, settings, replicas, self._everywhere, self._learn, whole=whole).run()
+
+    def _everywhere(self) -> set[str]:
+        """Addresses of the members of every pool, whatever ranks are behind them."""
+        return {endpoint_of(member.address) for _, member in self.router.members()}
 
     def _discovery_error(self, pool: str) -> Callable[[str], None]:
         errors = self.metrics.discovery_errors.labels(pool)  # there from the start: the first one is an increase, too

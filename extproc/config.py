@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -24,6 +24,7 @@ from extproc.config_models import ProviderConfig as ProviderConfig
 from extproc.config_models import TargetConfig as TargetConfig
 from extproc.config_models import WhenConfig as WhenConfig
 from extproc.core.policies import PolicyError, create
+from extproc.core.roles import Role, role, unknown_role
 
 READING_LIMIT_S = 10.0
 """Longest time until a large body is read, the wait for a reader included."""
@@ -55,7 +56,7 @@ def _listener(value: str) -> str:
     return _address(value)
 
 
-def _endpoint(value: str) -> str:
+def zmq_endpoint(value: str) -> str:
     """`tcp://host:port` of ZMQ, with `{host}` or `*` in the place of the host where that is a replica's, or any of ours."""
     found = re.fullmatch(r"tcp://(\{host\}|\*|[0-9A-Za-z_.-]+|\[[0-9A-Fa-f:.]+\]):(\d{1,5})", value)
     if found is None or not 0 < int(found[2]) < 65536:
@@ -64,7 +65,7 @@ def _endpoint(value: str) -> str:
 
 
 Address = Annotated[str, AfterValidator(_address)]
-Endpoint = Annotated[str, AfterValidator(_endpoint)]
+Endpoint = Annotated[str, AfterValidator(zmq_endpoint)]
 Listener = Annotated[str, AfterValidator(_listener)]
 S = TypeVar("S", bound="Section")
 
@@ -214,7 +215,7 @@ class UsageConfig(Section):
     """How token counts come back."""
 
     ask: bool = True
-    """Add `stream_options.include_usage` to streaming requests that lack it. The extra chunk is taken out again in Envoy, so the client sees only what it asked for."""
+    """Add `stream_options.include_usage` to streaming requests that lack it. The extra chunk is taken out again in Envoy, or here where a gateway sends its responses through, so the client sees only what it asked for. Where it would not be read it is not asked for."""
 
 
 class Health(Section):
@@ -393,8 +394,10 @@ class KvEvents(Section):
 class TokenizerConfig(Section):
     """Tokenize prompts here as the engine will, so that what its KV events tell can be matched exactly. Needs `pip install 'extproc[tokenizers]'`. See docs/precise.md."""
 
-    path: Path
-    """Folder of the served model: `tokenizer.json`, `tokenizer_config.json`, its chat template, `config.json`. Weights are not needed."""
+    path: Path | None = None
+    """Folder of the served model: `tokenizer.json`, `tokenizer_config.json`, its chat template, `config.json`. Weights are not needed. null: only with `simulated`."""
+    simulated: bool = False
+    """The tokens of simulated replicas (`extproc backend`) in place of a model's: to try this without a model."""
     chat_template: Path | None = None
     """Chat template in a file, where the engine was given one (`--chat-template`)."""
     content_format: Literal["auto", "string", "openai"] = "auto"
@@ -408,6 +411,14 @@ class TokenizerConfig(Section):
     threads: int = Field(default=2, ge=1, le=64)
     """Prompts tokenized at one time."""
 
+    @model_validator(mode="after")
+    def _whose(self) -> Self:
+        if self.simulated == (self.path is not None):
+            raise ValueError(
+                "needs either path, the folder of the served model, or simulated: true for extproc backend"
+            )
+        return self
+
 
 class Gpus(Section):
     """Where the use of the GPUs of each replica is read: for the policy `gpu_utilization`, for metrics, and for scaling where `scaling.gpu_url` is null. Which GPUs are a replica's is told by its labels `gpu_index: "0,1"`, `gpu_uuid` or `pod`, by `ports`, or by its being the only one there. See docs/engines.md."""
@@ -416,8 +427,8 @@ class Gpus(Section):
     """Page of a DCGM exporter; `{host}` in it is the IP address of each replica, for one exporter on each node (`http://{host}:9400/metrics`)."""
     nvml: bool = False
     """Read the GPUs of this machine through NVML instead, where extproc runs beside them. Needs `pip install 'extproc[nvml]'`."""
-    interval_s: Seconds = 5.0
-    """Seconds between two looks. A DCGM exporter itself looks every 30 s unless it is told otherwise (`-c`)."""
+    interval_s: float = Field(default=5.0, gt=0, le=30)
+    """Seconds between two looks; what was seen a minute ago no longer counts. A DCGM exporter itself looks every 30 s unless it is told otherwise (`-c`)."""
     timeout_s: Seconds = 3.0
     """Seconds to wait for a page."""
     ports: dict[int, tuple[int, ...]] = {}
@@ -436,14 +447,14 @@ class LoraConfig(Section):
     load_s: float = Field(default=0.5, ge=0)
     """Seconds that an engine needs to load an adapter, as long as nothing was learned of it. 0 also where adapters stay loaded."""
     slots: int | None = Field(default=None, ge=1)
-    """Adapters that a replica holds at once (vLLM's `--max-loras`), where it does not tell; null: unknown, and nobody is expected to wait for a slot."""
+    """Adapters that a replica holds at once (vLLM's `--max-loras`), where it has not told; null: as many as another one of the pool told, and until one did nobody is expected to wait for a slot."""
 
 
 class DisaggregationConfig(Section):
     """Prefill and decode on different replicas, told apart by their label `role`. See docs/disaggregation.md."""
 
     protocol: Literal["llm-d"] = "llm-d"
-    """How a replica that answers is told of another that computes the prompt: `llm-d` sends the header `x-prefiller-host-port` to llm-d's side-car beside it, whatever the engine behind that."""
+    """How a replica that answers is told of another that computes the prompt: `llm-d` sends the headers `x-prefiller-host-port` and `x-llm-d-prefiller-host-port` to llm-d's side-car beside it, whatever the engine behind that."""
     local_prefill: bool = True
     """Replicas with the role `decode` can compute prompts as well, and do where that costs less. false: they cannot, as SGLang's."""
     kv_bytes_per_token: float = Field(default=131_072, gt=0)
@@ -497,7 +508,7 @@ class PoolConfig(Section):
     kv_events: KvEvents | None = None
     """What replicas tell of their KV caches; null: what they hold is guessed by what was sent to them."""
     disaggregation: DisaggregationConfig | None = None
-    """Prefill and decode on different replicas; null: every replica answers alone, whatever its labels."""
+    """Prefill and decode on different replicas; null: every replica answers alone, whatever its labels. What is in it may change while extproc runs, whether it is there may not."""
     tokenizer: TokenizerConfig | None = None
     """How prompts become tokens; null: they are not tokenized, and `kv_events` count for nothing."""
 
@@ -508,8 +519,15 @@ class PoolConfig(Section):
             return {**value, "labels": {k: str(v) for k, v in value["labels"].items()}}
         return value
 
-    def _prefills_only(self, replica: ReplicaConfig) -> bool:
-        return {**self.labels, **replica.labels}.get("role") == "prefill"
+    def _check_roles(self) -> None:
+        labels = {replica.address: {**self.labels, **replica.labels} for replica in self.replicas}
+        for address, each in labels.items():
+            if role(each) is None:
+                raise ValueError(f"has disaggregation and replica {address} with the {unknown_role(each)}")
+        if labels and all(role(each) is Role.PREFILL for each in labels.values()):
+            raise ValueError(
+                "has disaggregation and only replicas with the role prefill, so nobody answers; add others"
+            )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -519,12 +537,14 @@ class PoolConfig(Section):
             raise ValueError("has no members; add replicas: [ip:port] or discovery: {file: {path: ...}}")
         if doubled := _doubled(r.address for r in self.replicas):
             raise ValueError(f"lists replica {doubled} twice; remove one")
+        if self.policy == "gpu_utilization" and self.gpu is None:
+            raise ValueError(
+                "has policy gpu_utilization, but nothing tells of GPUs; add gpu: {url: ...} or {nvml: true}"
+            )
         if self.data_parallel > 1 and self.engine not in ("auto", "vllm", "sglang", "none"):
             raise ValueError(f"has data_parallel, but of {self.engine} no rank can be chosen by header; remove it")
-        if self.disaggregation is not None and self.replicas and all(self._prefills_only(r) for r in self.replicas):
-            raise ValueError(
-                "has disaggregation and only replicas with the role prefill, so nobody answers; add others"
-            )
+        if self.disaggregation is not None:
+            self._check_roles()
         if self.data_parallel > 1 and self.disaggregation is not None:
             raise ValueError("has both data_parallel and disaggregation, whose headers name no rank; keep one")
         if self.data_parallel > 1 and self.scaling is not None:
@@ -569,7 +589,7 @@ class Requests(Section):
     objectives: dict[str, Annotated[int, Field(ge=-1_000_000, le=1_000_000)]] = {}
     """Name of an InferenceObjective: priority, the higher first. With any, the header `x-llm-d-inference-objective` (or `x-gateway-inference-objective`) gives a request its priority where `x-request-priority` does not; a name that is not here counts as none."""
     flight_ttl_s: Seconds = 30.0
-    """A flight of which nothing was heard for this many seconds is closed as lost. Periodic entries of the access log renew it, so it may be shorter than the longest generation; where a proxy sends none, set it above that."""
+    """A flight of which nothing was heard for this many seconds is closed as lost. Periodic entries of the access log renew it, and so does a response that is awaited here (docs/interplay.md), so it may be shorter than the longest generation; where a proxy sends none, set it above that."""
 
 
 class EnvoyConfig(Section):
@@ -879,6 +899,8 @@ class Config(Section):
         tiers = None if self.tenants is None else tuple(self.tenants.tiers)
         knows_tenants = self.tenants is not None or self.requests.tenant_header is not None
         config_models.check(self.models, self.providers, tuple(p.name for p in self.pools), tiers, knows_tenants)
+        if self.tenants is not None:
+            config_models.check_limits(self.models, _limited(self.tenants))
         aimed_at = {target.pool for model in self.models for target in (*model.targets, *model.fallback)}
         if len(self.pools) > 1 and (bare := [p.name for p in self.pools if not p.models and p.name not in aimed_at]):
             otherwise = ", or to be a target of models" if self.models else ""
@@ -886,6 +908,12 @@ class Config(Section):
                 f"pools: {bare[0]!r} names no models; with several pools each needs models: [...]{otherwise}"
             )
         return self
+
+
+def _limited(tenants: Tenants) -> Iterator[tuple[str, Iterable[str]]]:
+    """Where models have limits: dotted path, and their names."""
+    yield from ((f"tenants.tiers.{name}.models", tier.models) for name, tier in tenants.tiers.items())
+    yield from ((f"tenants.named.{name}.models", tenant.models) for name, tenant in tenants.named.items())
 
 
 def _check_tenants(tenants: Tenants, requests: Requests, shared: Shared | None) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, StringConstraints, ValidationInfo, field_validator, model_validator
 
 from extproc.config_base import Name, Seconds, Section
 
 ModelName = Annotated[str, Field(min_length=1, max_length=256)]
 Tokens = Annotated[int, Field(ge=1)]
+Quality = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=64)]
+Tenant = Annotated[str, Field(min_length=1)]
 
 
 class WhenConfig(Section):
@@ -29,13 +32,13 @@ class WhenConfig(Section):
     """Whether it brings tools."""
     images: bool | None = None
     """Whether something in its messages is no text: an image, a sound, a video."""
-    tenants: tuple[str, ...] = ()
+    tenants: tuple[Tenant, ...] = ()
     """Its tenant is one of these, or its tier one of `tiers`."""
     tiers: tuple[Name, ...] = ()
     """See `tenants`."""
-    quality: tuple[str, ...] = ()
-    """Its header `x-quality` has one of these values. May be written as one string."""
-    quality_not: tuple[str, ...] = ()
+    quality: tuple[Quality, ...] = ()
+    """Its header `x-quality` has one of these values, letter by letter. May be written as one string."""
+    quality_not: tuple[Quality, ...] = ()
     """Its header `x-quality` has none of these values, or is not there."""
 
     @model_validator(mode="before")
@@ -53,7 +56,19 @@ class WhenConfig(Section):
             least, below = getattr(self, f"{what}_at_least"), getattr(self, f"{what}_below")
             if least is not None and below is not None and least >= below:
                 raise ValueError(f"{what}_at_least {least} is not below {what}_below {below}, so nothing would meet it")
+        if self.quality and set(self.quality) <= set(self.quality_not):
+            raise ValueError("quality_not has all of quality, so nothing would meet it")
         return self
+
+    @property
+    def rule(self) -> tuple[Any, ...]:
+        """Equal for rules that say the same, however they are written."""
+        values = [getattr(self, name) for name in type(self).model_fields]
+        return tuple(frozenset(value) if isinstance(value, tuple) else value for value in values)
+
+
+ANYTHING = WhenConfig().rule
+"""The rule that every request meets."""
 
 
 class TargetConfig(Section):
@@ -65,7 +80,7 @@ class TargetConfig(Section):
     """or of one of `providers`."""
     model: ModelName | None = None
     """What the model is called there; the name in the request's body is replaced by it. null: a provider's own `model`, else the model's `name`."""
-    weight: float = Field(default=1.0, ge=0)
+    weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """Share among the targets with the same `when`. 0: nothing."""
     label: str = Field(default="", pattern=r"^[A-Za-z0-9_.-]{0,63}$")
     """Label `version` in metrics."""
@@ -84,6 +99,10 @@ class TargetConfig(Section):
         """The name of the pool or provider."""
         return self.pool or self.provider or ""
 
+    def engine(self, name: str, providers: Mapping[str, str | None]) -> str:
+        """What the model of that name is called there; `providers` are the names under which they know models, where they say."""
+        return self.model or providers.get(self.provider or "") or name
+
 
 class ModelConfig(Section):
     """A model by the name that clients ask for."""
@@ -96,6 +115,8 @@ class ModelConfig(Section):
     """Where its requests go."""
     fallback: tuple[TargetConfig, ...] = ()
     """Where they go, in this order, when no target can serve them: nobody is there or all are out, the queue is full, or the wait would be too long. `when` says for whom; `weight` says nothing."""
+    estimate: Literal["learned", "words"] = "learned"
+    """How rules count prompt tokens: `learned` from the size and what usage has shown, or `words` of its text times 1.3, whatever was learned."""
     sticky: Literal["session", "tenant", "request"] = "session"
     """What stays with one target where several share: a session (`requests.session_header`), a tenant, or requests whose prompts begin alike. Requests without that are drawn one by one."""
 
@@ -103,19 +124,39 @@ class ModelConfig(Section):
 class Price(Section):
     """What a provider charges, in dollars."""
 
-    prompt_per_million: float = Field(default=0.0, ge=0)
+    prompt_per_million: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """For a million prompt tokens."""
-    output_per_million: float = Field(default=0.0, ge=0)
+    output_per_million: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """For a million output tokens."""
 
 
 class BudgetConfig(Section):
     """What may be spent on a provider in any 24 hours, by this router. null is no bound."""
 
-    dollars: float | None = Field(default=None, ge=0)
+    dollars: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     """By `price`. Requests in flight count with what they are expected to cost."""
     tokens: int | None = Field(default=None, ge=0)
     """Prompt and output tokens."""
+    tenant_dollars: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """As `dollars`, for each tenant by itself."""
+    tenant_tokens: int | None = Field(default=None, ge=0)
+    """As `tokens`, for each tenant by itself."""
+
+    @property
+    def by_tenant(self) -> bool:
+        """Whether it bounds what one tenant spends."""
+        return self.tenant_dollars is not None or self.tenant_tokens is not None
+
+
+URL_PARTS: Final = {
+    "host": (
+        r"(?=.{1,253}$)\w([\w-]*\w)?(\.\w([\w-]*\w)?)*",
+        "the name of a host alone, like api.example.com; a path goes to base_path",
+    ),
+    "base_path": (r"(/[\w.~%:@+-]+)*", "a path like /v1: with a slash at its begin and none at its end"),
+    "query": (r"([\w.~%:+-]+=[\w.~%:+=&-]*)?", "a query like api-version=2024-10-21, without the question mark"),
+}
+"""By the name of the key: the form that its value must have, and how to say so."""
 
 
 class ProviderConfig(Section):
@@ -123,7 +164,7 @@ class ProviderConfig(Section):
 
     name: Name
     """Name in targets, metrics and Envoy's cluster name; not that of a pool."""
-    host: str = Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]{0,252})$")
+    host: str
     """Host name, also for TLS and the `host` header."""
     port: int = Field(default=443, ge=1, le=65535)
     """TCP port."""
@@ -131,8 +172,10 @@ class ProviderConfig(Section):
     """Whether to speak TLS, with the certificate verified for `host`."""
     ca_file: Path | None = None
     """Certificates (PEM) of the authorities that are trusted; null for those of the system."""
-    path_prefix: str = Field(default="", pattern=r"^(/[A-Za-z0-9._~/-]*[A-Za-z0-9._~-])?$")
-    """Stands before the path: `/openai` makes `/openai/v1/chat/completions`. Empty for none."""
+    base_path: str = "/v1"
+    """Stands in place of `/v1`: the path of the URL that clients of the provider call its base URL. `/api/v3` makes `/api/v3/chat/completions`."""
+    query: str = ""
+    """Stands after `?` in every request: `api-version=2024-10-21`, say. No place for a key."""
     model: ModelName | None = None
     """What the model is called there, for targets that do not say."""
     api_key_file: Path | None = None
@@ -143,6 +186,14 @@ class ProviderConfig(Section):
     budget: BudgetConfig = BudgetConfig()
     timeout_s: Seconds = 600.0
     """Seconds without a byte before Envoy gives a request there up."""
+
+    @field_validator("host", "base_path", "query")
+    @classmethod
+    def _of_a_url(cls, value: str, info: ValidationInfo) -> str:
+        pattern, wanted = URL_PARTS[info.field_name or ""]
+        if not re.fullmatch(pattern, value, re.ASCII):
+            raise ValueError(f"{value!r} is not {wanted}")
+        return value
 
 
 # --- what holds between them and the rest of the file --------------------------------------------------------------------
@@ -160,6 +211,15 @@ def check(
         raise ValueError(mistake)
 
 
+def check_limits(models: tuple[ModelConfig, ...], limited: Iterable[tuple[str, Iterable[str]]]) -> None:
+    """Raises ValueError for a limit of an alias, for which nothing would be counted. `limited`: dotted path, and names of models there."""
+    means = {alias: model.name for model in models for alias in model.aliases}
+    for path, names in limited:
+        for name in names:
+            if name in means:
+                raise ValueError(f"{path}: {name!r} is an alias, which counts as its model; write {means[name]!r}")
+
+
 def _mistakes(
     models: tuple[ModelConfig, ...],
     providers: tuple[ProviderConfig, ...],
@@ -173,13 +233,18 @@ def _mistakes(
             yield f"providers[{i}].name: two are called {name!r}; rename one"
         if name in pools:
             yield f"providers[{i}].name: a pool is called {name!r} as well; rename one"
+    for i, provider in enumerate(providers):
+        if provider.budget.by_tenant and not knows_tenants:
+            yield f"providers[{i}].budget: nothing tells who asks; add tenants, or requests.tenant_header"
     known: set[str] = set()
     for i, model in enumerate(models):
         for name in (model.name, *model.aliases):
             if name in known:
                 yield f"models[{i}]: {name!r} is a name or alias twice; remove one"
             known.add(name)
-        yield from _of_targets(f"models[{i}]", model)
+        called = {provider.name: provider.model for provider in providers}
+        yield from _of_targets(f"models[{i}].targets", model, called)
+        yield from _of_fallback(f"models[{i}].fallback", model, called)
         for path, target in _targets(f"models[{i}]", model):
             yield from _of_place(path, target, pools, tuple(names))
             yield from _of_rule(f"{path}.when", target.when, tiers, knows_tenants)
@@ -190,21 +255,30 @@ def _targets(path: str, model: ModelConfig) -> Iterator[tuple[str, TargetConfig]
         yield from ((f"{path}.{part}[{i}]", target) for i, target in enumerate(getattr(model, part)))
 
 
-def _of_targets(path: str, model: ModelConfig) -> Iterator[str]:
-    by_rule: dict[str, list[TargetConfig]] = {}
+def _of_targets(path: str, model: ModelConfig, called: Mapping[str, str | None]) -> Iterator[str]:
+    by_rule: dict[tuple[Any, ...], list[TargetConfig]] = {}
     for target in model.targets:
-        by_rule.setdefault(target.when.model_dump_json(), []).append(target)
+        by_rule.setdefault(target.when.rule, []).append(target)
     for group in by_rule.values():
         if not sum(target.weight for target in group):
-            yield f"{path}.targets: the weights of those with the same rule come to nothing; give one of them a weight"
-        places = [(target.to, target.model) for target in group]
+            yield f"{path}: the weights of those with the same rule come to nothing; give one of them a weight"
+        places = [(target.to, target.engine(model.name, called)) for target in group]
         if doubled := next((place for i, place in enumerate(places) if place in places[:i]), None):
-            yield f"{path}.targets: {doubled[0]!r} is there twice with the same model and rule; make it one with the sum of weights"
-    places = [(target.to, target.model) for target in model.targets if not target.when.model_fields_set]
+            yield f"{path}: {doubled[0]!r} is there twice with the same model and rule; make it one with the sum of weights"
+    for i, target in enumerate(model.targets):
+        before = [each.when.rule for each in model.targets[:i]]
+        if target.when.rule != ANYTHING and ANYTHING in before:
+            yield f"{path}[{i}].when: never looked at, for {path}[{before.index(ANYTHING)}] takes every request; put this one before it"
+
+
+def _of_fallback(path: str, model: ModelConfig, called: Mapping[str, str | None]) -> Iterator[str]:
+    """What is also a target may be here: with weight 0 it is a way back, and with another it is not asked twice."""
+    places: dict[tuple[str, str], list[tuple[Any, ...]]] = {}
     for i, target in enumerate(model.fallback):
-        if (target.to, target.model) in places:
-            yield f"{path}.fallback[{i}]: {target.to!r} is a target already, and would be asked twice; remove it"
-        places.append((target.to, target.model))
+        rules = places.setdefault((target.to, target.engine(model.name, called)), [])
+        if ANYTHING in rules or target.when.rule in rules:
+            yield f"{path}[{i}]: {target.to!r} is there before, for the same requests; remove it"
+        rules.append(target.when.rule)
 
 
 def _of_place(path: str, target: TargetConfig, pools: tuple[str, ...], providers: tuple[str, ...]) -> Iterator[str]:

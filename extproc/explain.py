@@ -24,6 +24,8 @@ def table(record: dict[str, Any], console: Console | None = None) -> None:
         f"policy [bold]{record['policy']}[/], reason {record['reason']}: {record['endpoints'][0]}, "
         f"{predicted['cached_tokens']} tokens cached ({predicted['prefix_source']}), first token in {predicted['ttft_s'] * 1e3:.0f} ms"
     )
+    if record["tokens"] not in (None, "tokenized"):
+        console.print(f"the prompt was not tokenized ({record['tokens']}): what is cached is guessed")
     if record["prefiller"] is not None:
         console.print(f"prompt computed by {record['prefiller']}")
     if "tier" in record:

@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,26 @@ import yaml
 
 from extproc.adapters.discovery import FakeSource
 from extproc.adapters.discovery.base import Emit
-from extproc.app import App, StartError
+from extproc.app import App, StartError, Waker
 from extproc.config import Config, load
 from extproc.core.health.states import Reason, State
-from extproc.core.observers import HealthChanged
-from extproc.core.types import DrainAsked, Fact, NotSampled, Probe, Probed, Replica, Reset, ScrapeFailure, Stalled
+from extproc.core.lora import Wanted
+from extproc.core.observers import Ended, HealthChanged
+from extproc.core.types import (
+    DrainAsked,
+    End,
+    Fact,
+    NotSampled,
+    Outcome,
+    Probe,
+    Probed,
+    Replica,
+    Reset,
+    ScrapeFailure,
+    Stalled,
+)
 from extproc.envoy.endpoints import EndpointsError
+from tests.core.support import flight
 from tests.e2e.stack import configured, replica
 from tests.support.ports import free_port
 from tests.support.process import Served
@@ -380,7 +395,8 @@ async def test_a_socket_on_which_another_process_answers_is_taken(tmp_path: Path
 
 async def test_envoy_is_told_who_is_out_and_who_drains(tmp_path: Path) -> None:
     names = [f"127.0.0.{n}:9" for n in (1, 2, 3, 4)]
-    app = App(configured(tmp_path, {"engine": "none", "replicas": names}))
+    unasked = {"interval_s": 10_000, "doubt_interval_s": 10_000}  # nobody is there, as a check would find
+    app = App(configured(tmp_path, {"engine": "none", "replicas": names, "health": unasked}))
     await app.start()
     try:
         for fact in (
@@ -399,3 +415,12 @@ async def test_envoy_is_told_who_is_out_and_who_drains(tmp_path: Path) -> None:
 def healths(file: Path) -> list[str]:
     """What the members file says of each, in its order."""
     return re.findall(r'"health_status": *"(\w+)"', file.read_text())
+
+
+def test_models_are_read_again_where_a_request_for_an_adapter_met_404() -> None:
+    read: list[str] = []
+    waker = Waker(lambda _: None, lambda _: None, read.append, lambda: None)
+    for adapter, status in ((Wanted("a", 0.5, None), 404), (Wanted("a", 0.5, None), 400), (None, 404)):
+        ended = replace(flight("f", where=NOBODY), adapter=adapter)
+        waker.ended(Ended(ended, Outcome(End.CLIENT_ERROR, status=status), False, None))
+    assert read == [NOBODY]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import aiohttp
@@ -11,7 +12,9 @@ import pytest
 from aiohttp import web
 
 from extproc.app import App
+from extproc.config import Config
 from extproc.core.health.states import State
+from extproc.core.scaling.autoscaler import Autoscaler
 from extproc.core.types import Route
 from tests.adapters.engines.pages import documented, recorded
 from tests.core.support import request, text
@@ -119,6 +122,36 @@ async def test_the_gpus_of_each_replica_are_read_beside_its_engine(tmp_path: Pat
             route = app.router.arrive(request(text(2000)), app._clock())
             assert isinstance(route, Route)
             assert route.endpoints[0] == engines["sglang"]
+        finally:
+            await app.stop(grace_s=0)
+
+
+def uses(scaling: Autoscaler, gpu: float) -> bool:
+    return scaling.gpu == gpu
+
+
+async def test_scaling_goes_by_a_page_of_its_own_where_it_has_one_and_by_the_replicas_gpus_else(
+    tmp_path: Path, engines: dict[str, str]
+) -> None:
+    own = b'DCGM_FI_DEV_GPU_UTIL{gpu="0"} 75\n'
+    async with answering({"/metrics": documented("dcgm_4.txt")}) as exporter, answering({"/metrics": own}) as other:
+
+        def config(**scaling: str) -> Config:
+            gpu = {"url": f"http://{exporter}/metrics", "interval_s": 0.05}
+            listed = [{"address": engines["vllm"], "labels": {"gpu_index": "0"}}]
+            return configured(tmp_path, {"replicas": listed, "gpu": gpu, "scaling": {"max_replicas": 2, **scaling}})
+
+        first = config()
+        app = App(first)
+        await app.start()
+        try:
+            scaling = app.router.pools["default"].scaling
+            assert scaling is not None
+            await until(partial(uses, scaling, 0.9))
+            for url, use in ((f"http://{other}/metrics", 0.75), (None, 0.9)):
+                changed = config() if url is None else config(gpu_url=url)
+                app._reconfigure(first.model_copy(update={"pools": changed.pools}))
+                await until(partial(uses, scaling, use))
         finally:
             await app.stop(grace_s=0)
 

@@ -17,9 +17,8 @@ from extproc.app import App
 from extproc.config import Config
 from extproc.core.prefix.exact import token_chain
 from extproc.core.types import Api, Request
+from extproc.openai.simulated_prompt import token_ids, tokenized
 from extproc.sim.backend import Backend
-from extproc.sim.kv_publisher import token_ids
-from extproc.sim.text import tokenized
 from tests.e2e.stack import MODEL, configured, replica
 from tests.support.waiting import until
 
@@ -82,6 +81,33 @@ async def test_what_the_router_knows_is_what_the_replica_finds(tmp_path: Path) -
             assert 'extproc_kv_events_total{pool="default",type="BlockRemoved"} ' in text
             assert 'extproc_kv_lag_seconds_count{pool="default"} ' in text
             app.router.check()
+
+
+async def test_what_explain_says_is_what_the_replica_finds(tmp_path: Path) -> None:
+    async with replica(kv_events=0) as one, replica(kv_events=0) as other:
+        addresses = [one.address, other.address]
+        pool = {"replicas": addresses, "kv_events": {}, "tokenizer": {"simulated": True, "timeout_s": 5}}
+        async with started(configured(tmp_path, pool)) as app, aiohttp.ClientSession() as http:
+            await until(lambda: (known(app, one), known(app, other)) == (0, 0))
+
+            async def explained(**body: Any) -> dict[str, Any]:
+                url = f"http://{app.config.listen.http}/debug/explain"
+                async with http.post(url, json={"model": MODEL, **body}) as response:
+                    found: dict[str, Any] = await response.json()
+                    return found
+
+            await complete(other)
+            await until(lambda: known(app, other) == 19 * 16)
+            found = await explained(prompt=PROMPT)
+            assert (found["tokens"], found["prompt_tokens"]) == ("tokenized", 20 * 16)
+            assert (found["endpoints"][0], found["predicted"]["cached_tokens"]) == (other.address, 19 * 16)
+            assert found["predicted"]["prefix_source"] == "exact"
+            assert await complete(other) == 19 * 16
+            salted = await explained(prompt=PROMPT, cache_salt="pepper")
+            assert (salted["tokens"], salted["predicted"]["cached_tokens"]) == ("tokenized", 0)
+            assert (await explained(prompt=[PROMPT, PROMPT]))["tokens"] == "prompts"
+            assert "extproc_tokenized_prompts_total{" in page(app)
+            assert 'extproc_tokenized_prompts_total{pool="default",result="tokenized"} 0.0' in page(app)
 
 
 async def test_a_router_that_starts_later_knows_at_once(tmp_path: Path) -> None:

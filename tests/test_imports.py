@@ -19,7 +19,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "redis_url": (),
     "config_base": (),
     "config_models": ("config_base",),
-    "config": ("config_base", "config_models", "core.policies", "redis_url"),
+    "config": ("config_base", "config_models", "core.policies", "core.roles", "redis_url"),
     "envoy": ("envoy", "openai", "core", "config", "pb"),
     "adapters": ("adapters", "openai", "core", "config", "redis_url"),
     "sim": ("sim", "openai", "core", "config"),
@@ -49,7 +49,7 @@ OWNERS = {
     "uvloop": ("extproc.cli",),
     "pynvml": ("extproc.adapters.gpu_sources",),
     "prometheus_client": ("extproc.adapters", "extproc.app", "extproc.reference", "extproc.sim.vllm_metrics"),
-    "xxhash": ("extproc.core", "extproc.openai.prompt", "extproc.sim.text"),
+    "xxhash": ("extproc.core", "extproc.openai.prompt", "extproc.openai.simulated_prompt", "extproc.sim.text"),
 }
 """Library -> the only modules (and those below them) that import it."""
 

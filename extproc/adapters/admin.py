@@ -8,7 +8,8 @@ its own pages included: Fetch Standard, "append a request Origin header").
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from html import escape
 from typing import Any, Final
 
@@ -21,6 +22,7 @@ from extproc.adapters.recorder import Recorder, decision_view
 from extproc.core.account import Account, Allowance, Quota
 from extproc.core.fleet import Member
 from extproc.core.lora import Held
+from extproc.core.ranks import endpoint_of
 from extproc.core.router import Router
 from extproc.core.types import DrainAsked, DrainEnded, Fact, Reject, Request
 from extproc.openai import errors, requests
@@ -47,17 +49,26 @@ _PAGE: Final = """<!doctype html><meta charset="utf-8"><title>extproc</title>
 <li><a href="/livez">/livez</a>, <a href="/readyz">/readyz</a></ul>"""
 
 
-Asked = Callable[[str, Mapping[str, str], bytes, str | None, str | None], "Request | errors.HttpError"]
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A request as the router would be asked."""
+
+    request: Request
+    tokens: str | None = None
+    """Whether its prompt was tokenized, or why not, in the words of `extproc_tokenized_prompts_total`; None where nothing tokenizes."""
+
+
+Asked = Callable[[str, Mapping[str, str], bytes, str | None, str | None], Awaitable[Wanted | errors.HttpError]]
 """What a path, headers by their lower-case names and a body ask of the router, or the refusal; and who asks, by tenant and tier, where
 that is not to be told from the headers."""
 
 
-def read(
+async def read(
     path: str, _headers: Mapping[str, str], body: bytes, _tenant: str | None, _tier: str | None
-) -> Request | errors.HttpError:
-    """`Asked` where there are no tenants."""
+) -> Wanted | errors.HttpError:
+    """`Asked` where there are no tenants and no tokenizers."""
     parsed = requests.read("POST", path, body)
-    return errors.of_bad_request(parsed) if isinstance(parsed, errors.BadRequest) else parsed.request
+    return errors.of_bad_request(parsed) if isinstance(parsed, errors.BadRequest) else Wanted(parsed.request)
 
 
 class Admin:
@@ -127,18 +138,18 @@ class Admin:
         """Errors are those that the client would get. Who it is says `?tenant=` and `&tier=`, else the headers, as of any request."""
         body, query = await request.read(), request.query
         headers = {name.lower(): value for name, value in request.headers.items()}
-        asked = self._asked(
+        asked = await self._asked(
             query.get("path") or _path_of(body), headers, body, query.get("tenant"), query.get("tier") or None
         )
         if isinstance(asked, errors.HttpError):
             return _http(asked)
         now = self._clock()
-        decision = self._router.explain(asked, now)
+        decision = self._router.explain(asked.request, now)
         if isinstance(decision, Reject):
             return _http(errors.of_refusal(decision))
-        account = asked.account
+        account = asked.request.account
         told = {} if account is None else account_view(account, self._router.limits.allowance(account, now))
-        return _json({**decision_view(decision), **told})
+        return _json({**decision_view(decision), "tokens": asked.tokens, **told})
 
     async def _drain(self, request: web.Request) -> web.Response:
         """`within_s`: the replica ends so many seconds from now, whatever runs there."""
@@ -152,19 +163,23 @@ class Admin:
         return self._tell(request, DrainEnded)
 
     def _tell(self, request: web.Request, fact: Callable[[str, str], Fact]) -> web.Response:
-        """Learn a fact on the replica that the request names, in each pool that has it, and answer with its new state."""
+        """Learn a fact on the replica that the request names, in each pool that has it, and answer with its new state.
+
+        An address is that of every data parallel rank behind it, `ip:port/2` that of one.
+        """
         if "Origin" in request.headers:
             return _refused(403, "not for browsers; use curl, or extproc drain")
-        address, only = request.query.get("replica"), request.query.get("pool")
-        if not address:
+        named, only = request.query.get("replica"), request.query.get("pool")
+        if not named:
             return _refused(400, "replica is missing; add ?replica=ip:port")
-        pools = [p for p, m in self._router.members() if m.address == address and only in (None, p)]
-        if not pools:
+        members = [(pool, m.address) for pool, m in self._router.members() if only in (None, pool)]
+        meant = [(pool, address) for pool, address in members if named in (address, endpoint_of(address))]
+        if not meant:
             where = "any pool" if only is None else f"a pool {only[:64]!r}"
-            return _refused(404, f"no replica {address[:64]!r} in {where}; GET /debug/replicas lists them")
-        for pool in pools:
+            return _refused(404, f"no replica {named[:64]!r} in {where}; GET /debug/replicas lists them")
+        for pool, address in meant:
             self._learn(fact(pool, address))
-        told = [view for view in self._views() if view["replica"] == address and view["pool"] in pools]
+        told = [view for view in self._views() if (view["pool"], view["replica"]) in meant]
         return _json([{key: view[key] for key in _BRIEFLY} for view in told])
 
     def _views(self) -> list[dict[str, Any]]:

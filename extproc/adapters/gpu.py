@@ -1,55 +1,46 @@
-"""How much a pool's GPUs are used, from a DCGM exporter's page. An optional input: where it is missing the use is unknown, not zero."""
+"""How much a pool's GPUs are used, from one page of a DCGM exporter. An optional input: where it is missing the use is unknown, not zero."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import Final
 
-import aiohttp
-from prometheus_client.parser import text_string_to_metric_families
-
+from extproc.adapters.gpu_sources import DcgmPages, GpuError
 from extproc.core.types import GpuUsed
 
-SERIES: Final = "DCGM_FI_DEV_GPU_UTIL"
-"""Per cent of the time with a kernel running, one series for each GPU."""
+log = logging.getLogger(__name__)
+
 INTERVAL_S: Final = 15.0
 TIMEOUT_S: Final = 5.0
-MAX_BYTES: Final = 8 << 20
 
 
-async def follow(pool: str, url: str | None, learn: Callable[[GpuUsed], None]) -> None:
+async def follow(
+    pool: str, url: str | None, learn: Callable[[GpuUsed], None], *, interval_s: float = INTERVAL_S
+) -> None:
     """Tell the use again and again until cancelled; that it is unknown, once, where there is no URL."""
     if url is None:
         learn(GpuUsed(pool, None))
         return
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=TIMEOUT_S)) as session:
+    pages, said = DcgmPages(url, TIMEOUT_S), ""
+    try:
         while True:
-            learn(GpuUsed(pool, await _read(session, url)))
-            await asyncio.sleep(INTERVAL_S)
+            use, why = await _use(pages, url)
+            learn(GpuUsed(pool, use))
+            if why and why != said:
+                log.warning("GPU use of pool %s is unknown: %s", pool, why)
+            said = why
+            await asyncio.sleep(interval_s)
+    finally:
+        await pages.close()
 
 
-async def _read(session: aiohttp.ClientSession, url: str) -> float | None:
-    """None for a page that does not come, is too large, or has none of the series."""
+async def _use(pages: DcgmPages, url: str) -> tuple[float | None, str]:
+    """Mean over the GPUs of the page that tell theirs; or None, and why."""
     try:
-        async with session.get(url) as response:
-            if response.status != 200:
-                return None
-            page = bytearray()
-            async for part in response.content.iter_any():
-                page += part
-                if len(page) > MAX_BYTES:
-                    return None
-            return used(page.decode(errors="replace"))
-    except (aiohttp.ClientError, TimeoutError):
-        return None
-
-
-def used(page: str) -> float | None:
-    """Mean share over the GPUs of a page; None where it has none, or cannot be read."""
-    try:
-        families = [f for f in text_string_to_metric_families(page) if f.name == SERIES]
-    except ValueError:
-        return None
-    values = [s.value for f in families for s in f.samples if 0.0 <= s.value <= 100.0]
-    return sum(values) / len(values) / 100.0 if values else None
+        gpus = await pages.read(url)
+    except GpuError as e:
+        return None, str(e)
+    known = [gpu.use for gpu in gpus if gpu.use is not None]
+    return (sum(known) / len(known), "") if known else (None, f"{url}: none of its GPUs tells its use")

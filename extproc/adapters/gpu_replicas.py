@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final
 
 from extproc.adapters.gpu_sources import DcgmPages, Gpu, GpuError, GpuSource, LocalGpus, NvmlLibrary
@@ -33,7 +33,7 @@ def source(settings: Gpus) -> GpuSource:
 def gpus_of(replica: Replica, gpus: Sequence[Gpu], ports: Ports, alone: bool) -> Sequence[Gpu] | None:
     """Which of the GPUs of its place are the replica's; None where nothing tells, or where some of its own are missing.
 
-    The first that says so: its labels `gpu_uuid`, `gpu_index`, `pod`; its port; that it is `alone` there.
+    The first that says so: its labels `gpu_uuid`, `gpu_index`, `pod`; its port; that it is `alone` there, of all pools.
     """
     labels = replica.labels
     if wanted := _listed(labels.get(UUID_LABEL)):
@@ -52,8 +52,8 @@ def _listed(label: str | None) -> frozenset[str]:
 
 
 def _all(found: Sequence[Gpu], wanted: int) -> Sequence[Gpu] | None:
-    """Where one is missing the mean of the others would be another's figure."""
-    return found if len(found) >= wanted else None
+    """Where one is missing, or another host's are among them, the mean would be another's figure. Parts of a GPU (MIG) have its UUID."""
+    return found if len(found) >= wanted >= len({gpu.uuid for gpu in found}) else None
 
 
 def sampled(pool: str, address: str, gpus: Sequence[Gpu] | None) -> GpuSampled:
@@ -74,15 +74,19 @@ class GpuWatch:
         pool: str,
         settings: Gpus,
         replicas: Callable[[], Sequence[Replica]],
+        everywhere: Callable[[], Collection[str]],
         learn: Callable[[GpuSampled | GpuUsed], None],
         *,
         whole: bool,
         gpus: GpuSource | None = None,
     ) -> None:
-        """`replicas`: who is a member now. `whole`: also tell the mean over the pool, for scaling."""
+        """`replicas`: who is a member now; `everywhere`: addresses of the members of every pool, each once. `whole`: also tell the
+        mean over the pool, for scaling.
+        """
         self._pool = pool
         self._settings = settings
         self._replicas = replicas
+        self._everywhere = everywhere
         self._learn = learn
         self._whole = whole
         self._source = gpus or source(settings)
@@ -102,11 +106,12 @@ class GpuWatch:
         """Read every place once, and tell of each replica; what cannot be read is unknown."""
         at: defaultdict[str, list[Replica]] = defaultdict(list)
         for replica in self._replicas():
-            at[self._source.place(replica.address.rpartition(":")[0])].append(replica)
+            at[self._place(replica.address)].append(replica)
+        sharing = Counter(self._place(address) for address in self._everywhere())
         read = await asyncio.gather(*(self._read(place) for place in at))
         facts = [
-            self._of(replica, gpus, alone=len(replicas) == 1)
-            for gpus, replicas in zip(read, at.values(), strict=True)
+            self._of(replica, gpus, alone=sharing[place] == 1)
+            for gpus, (place, replicas) in zip(read, at.items(), strict=True)
             for replica in replicas
         ]
         there = at.keys() | {fact.address for fact in facts}
@@ -117,13 +122,19 @@ class GpuWatch:
             known = [fact.use for fact in facts if fact.use is not None]
             self._learn(GpuUsed(self._pool, sum(known) / len(known) if known else None))
 
+    def _place(self, address: str) -> str:
+        return self._source.place(address.rpartition(":")[0])
+
     async def _read(self, place: str) -> Sequence[Gpu]:
         try:
             gpus = await self._source.read(place)
         except GpuError as e:
             self._say(place, f"GPU use of pool {self._pool} is unknown: {e}")
             return ()
-        self._say(place, None)
+        mute = all(gpu.use is None for gpu in gpus)
+        self._say(
+            place, f"GPU use of pool {self._pool} is unknown: {place}: none of its GPUs tells its use" if mute else None
+        )
         return gpus
 
     def _of(self, replica: Replica, gpus: Sequence[Gpu], alone: bool) -> GpuSampled:

@@ -87,11 +87,15 @@ class ModelCollector(Collector):
             labels=labels,
         )
         used = GaugeMetricFamily("extproc_provider_spent_tokens", "Tokens, likewise.", labels=labels)
+        out = GaugeMetricFamily(
+            "extproc_provider_out", "Whether it is passed over because its last requests failed.", labels=labels
+        )
         for name, provider in self._router.steering.providers.items():
+            out.add_metric((name,), provider.absent(now))
             cost.add_metric((name,), provider.paid_dollars)
             for kind in ("prompt", "output"):
                 tokens.add_metric((name, kind), provider.used_tokens[kind])
             running.add_metric((name,), len(provider))
             spent.add_metric((name,), provider.dollars.spent(now))
             used.add_metric((name,), provider.tokens.spent(now))
-        yield from (cost, tokens, running, spent, used)
+        yield from (cost, tokens, running, spent, used, out)

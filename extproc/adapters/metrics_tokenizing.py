@@ -77,7 +77,7 @@ class TokenizingCollector(Collector):
         tokenizing = self._tokenizing()
         for pool, engine in tokenizing.engines.items() if tokenizing is not None else ():
             assert tokenizing is not None
-            counts, cache = tokenizing.counts[pool], engine.model.pieces.cache
+            counts, cache = tokenizing.counts[pool], engine.cache
             for result, count in counts.prompts.items():
                 prompts.add_metric((pool, str(result)), count)
             for right, count in counts.told.items():

@@ -105,7 +105,7 @@ class HttpPages:
                 page += chunk
                 if len(page) > self._max_bytes:
                     response.close()  # the rest is not read, as it would be to keep the connection
-                    return ScrapeFailure.UNREADABLE
+                    return ScrapeFailure.TOO_LARGE
             return Page(200, bytes(page))
 
 

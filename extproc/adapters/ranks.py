@@ -10,8 +10,6 @@ from extproc.core.ranks import expanded, members_at
 from extproc.core.types import (
     Add,
     Change,
-    DrainAsked,
-    DrainEnded,
     Fact,
     GpuSampled,
     Identified,
@@ -22,7 +20,7 @@ from extproc.core.types import (
     Serves,
 )
 
-_OF_ALL: Final = (NotSampled, Identified, Serves, Probed, GpuSampled, DrainAsked, DrainEnded)
+_OF_ALL: Final = (NotSampled, Identified, Serves, Probed, GpuSampled)
 """Facts on a server that hold for each engine behind it."""
 
 

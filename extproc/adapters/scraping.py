@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from random import Random
@@ -114,15 +114,31 @@ class _Watched(Visited):
     def read(self, page: bytes) -> tuple[Engine, Sample] | None:
         """Whose page it is, and what it says; None where it says nothing."""
         engines = self.target.engines
-        if len(engines) == 1:
-            sample = engines[0].parse(page)
-            return None if sample is None else (engines[0], sample)
         if self.engine is not None and self.engine in engines:
             sample = self.engine.parse(page)
             # A page that leaves out what its engine usually tells may be another's, or become one (Triton's, by its models).
             if sample is not None and sample.running is not None and sample.waiting is not None:
                 return self.engine, sample
         return detect(page, engines)
+
+
+@dataclass(frozen=True, slots=True)
+class _Missed:
+    """Why a path brought no sample."""
+
+    why: ScrapeFailure
+    what: str
+    """What was there, in a word or two."""
+    passes: bool
+    """It is trouble of the moment and says nothing of where the page is."""
+
+
+def _missed(page: Page | ScrapeFailure) -> _Missed:
+    if isinstance(page, ScrapeFailure):
+        return _Missed(page, page.value, passes=page in (ScrapeFailure.LATE, ScrapeFailure.REFUSED))
+    if page.status == 200:
+        return _Missed(ScrapeFailure.UNREADABLE, "no figures that are known", passes=False)
+    return _Missed(ScrapeFailure.STATUS, f"status {page.status}", passes=page.status >= 500)
 
 
 class Scraper(Rounds[_Watched]):
@@ -169,10 +185,19 @@ class Scraper(Rounds[_Watched]):
                 self._forget((pool, address))
         super().follow(change)
 
+    def list_soon(self, address: str) -> None:
+        """What the replica serves may have changed: its models are read with the next scrape, which comes as after `wake`."""
+        for watched in self._at(address):
+            watched.models_due = 0.0
+        self.wake(address)
+
     def _place(self, pool: str, replica: Replica) -> None:
         if pool in self._targets:
             self._listed[pool, replica.address] = replica
             self._places[pool, replica.address] = places(replica, self._targets[pool].scrape.port)
+
+    def _places_of(self, watched: _Watched) -> tuple[str, ...]:
+        return self._places.get((watched.pool, watched.address)) or (watched.address,)
 
     def _forget(self, key: tuple[str, str]) -> None:
         self._listed.pop(key, None)
@@ -204,29 +229,27 @@ class Scraper(Rounds[_Watched]):
             await self._read_models(watched)
 
     async def _sample(self, watched: _Watched) -> Sample | ScrapeFailure:
-        """Look on each path until one has what an engine tells of its load. 404, and a page without, send on to the next."""
-        why: ScrapeFailure | None = None
+        """Look on each path until one has what an engine tells of its load. What is no such page sends on to the next."""
+        missed: dict[str, _Missed] = {}
         paths = watched.paths()
         for path in paths:
             page = await self._page(watched, path)
             if page is ScrapeFailure.LATE and watched.engine is None:
                 # Next time another first: this page may be one that never ends, as a busy trtllm-serve goes on listing iterations.
                 watched.path = paths[-1]
-            if isinstance(page, ScrapeFailure):
-                return page
-            if page.status not in (200, 404):
-                return ScrapeFailure.STATUS
-            if page.status == 200 and (read := watched.read(page.body)) is not None:
+            if isinstance(page, Page) and page.status == 200 and (read := watched.read(page.body)) is not None:
                 watched.path = path
                 watched.engine, sample = read
                 if watched.target.ranks > 1:
                     self._told_apart(watched, watched.engine.parse_ranks(page.body))
                 return sample
-            why = why or (ScrapeFailure.UNREADABLE if page.status == 200 else ScrapeFailure.STATUS)
+            missed[path] = _missed(page)
+            if missed[path].passes:
+                return missed[path].why
         watched.engine = watched.path = None
         self._tell_engine(watched)
-        self._tell_dumb(watched)
-        return why or ScrapeFailure.UNREADABLE
+        self._tell_dumb(watched, missed)
+        return missed[paths[0]].why
 
     async def _page(self, watched: _Watched, path: str) -> Page | ScrapeFailure:
         """The page, or all of them as one where several tell of the replica.
@@ -234,7 +257,7 @@ class Scraper(Rounds[_Watched]):
         That a port of its own for metrics refuses says nothing of the one that takes requests.
         """
         timeout_s = watched.target.scrape.timeout_s
-        found = self._places.get((watched.pool, watched.address)) or (watched.address,)
+        found = self._places_of(watched)
         if found == (watched.address,):
             return await self._pages.ask(watched.address, path, timeout_s)
         pages = await asyncio.gather(*(self._pages.ask(place, path, timeout_s) for place in found))
@@ -262,14 +285,15 @@ class Scraper(Rounds[_Watched]):
         self._learn(NotSampled(watched.pool, watched.address, result))
 
     def _told_apart(self, watched: _Watched, ranks: Mapping[int, Sample]) -> None:
-        expected, before = range(watched.target.ranks), watched.ranks
-        if set(ranks) != set(expected) and (before is None or before.keys() != ranks.keys()):
+        expected, before = frozenset(range(watched.target.ranks)), watched.ranks
+        if ranks.keys() != expected and (before is None or before.keys() != ranks.keys()):
             log.warning(
-                "replica %s of pool %s tells of data parallel ranks %s, but data_parallel is %d",
+                "replica %s of pool %s tells of data parallel ranks %s, but data_parallel is %d: %s (docs/engines.md)",
                 watched.address,
                 watched.pool,
                 sorted(ranks) or "not at all",
                 len(expected),
+                _consequence(ranks.keys(), expected),
             )
         watched.ranks = ranks
 
@@ -282,15 +306,18 @@ class Scraper(Rounds[_Watched]):
             log.info("replica %s of pool %s is %s by its metrics", watched.address, watched.pool, engine)
         self._learn(Identified(watched.pool, watched.address, engine))
 
-    def _tell_dumb(self, watched: _Watched) -> None:
+    def _tell_dumb(self, watched: _Watched, missed: Mapping[str, _Missed]) -> None:
+        """Say where it was looked, and what was there."""
         if watched.dumb:
             return
         watched.dumb = True
+        elsewhere = [place for place in self._places_of(watched) if place != watched.address]
         log.warning(
-            "replica %s of pool %s tells nothing of its load on %s: only requests sent from here count. %s (docs/engines.md)",
+            "replica %s of pool %s tells nothing of its load%s on %s: only requests sent from here count. %s (docs/engines.md)",
             watched.address,
             watched.pool,
-            " or ".join(watched.target.paths),
+            f" at {','.join(elsewhere)}" if elsewhere else "",
+            " or ".join(f"{path} ({each.what})" for path, each in missed.items()),
             watched.target.remedy or "Set scrape.path and scrape.port to where its metrics are",
         )
 
@@ -317,6 +344,13 @@ class Scraper(Rounds[_Watched]):
             async with asyncio.timeout(pause - last):
                 await watched.woken.wait()
         await asyncio.sleep(last)
+
+
+def _consequence(told: Set[int], expected: Set[int]) -> str:
+    """What comes of it that a replica tells of other ranks than it should have, and the remedy."""
+    if expected - told:  # SGLang tells of a rank from its first work on
+        return "of the rest only requests from here are known, and if the engine has no such ranks they fail: set data_parallel to what it has"
+    return "the rest gets nothing from here: set data_parallel to what it has"
 
 
 def _sampled(watched: _Watched, whole: Sample) -> list[Sampled | NotSampled]:

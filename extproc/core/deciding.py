@@ -45,7 +45,7 @@ def decide(flight: str, pool: Pool, ask: Ask, ranking: Ranking, now: float, list
         ),
         output_p90_tokens=pool.output_tokens.p90(request.model, request.api, request.tenant, request.max_output_tokens),
         target=request.target,
-        prefix_source=ask.prefix_source(best.replica.address),
+        prefix_source=ask.prefix_source((best if ask.split is None else ask.split.member).replica.address),
         prefiller=None if ask.split is None else ask.split.member.address,
     )
 
@@ -97,7 +97,7 @@ def flight_for(decision: Decision, ask: Ask, member: Member, backlog_s: float, n
         output_p90_tokens=decision.output_p90_tokens,
         target=request.target,
         prefix_source=decision.prefix_source,
-        adapter=None if ask.adapter is None else ask.adapter.name,
+        adapter=ask.adapter,
         slot_at=0.0 if ask.adapter is None else now + prediction.queue_s,
     )
 

@@ -12,9 +12,8 @@ until the first token or the end.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
-from enum import StrEnum
 from typing import Final
 
 from extproc.core.factors import SURPRISE, Part
@@ -22,45 +21,39 @@ from extproc.core.fleet import Fleet, Member
 from extproc.core.flights import Flight, Leg
 from extproc.core.policies.base import Ranking, rendezvous
 from extproc.core.prediction import Ask, Parts, Split, cost_s, predict
+from extproc.core.roles import Role, role
 from extproc.core.settings import DisaggregationSettings
 from extproc.core.traffic import Traffic
-from extproc.core.types import Api, Prediction, Request
+from extproc.core.types import Api, End, Outcome, Prediction, Request
 
-ROLE: Final = "role"
-"""Label of a replica."""
 SPLIT: Final = "split"
 """The reason of decisions for a request whose prompt another replica computes."""
 TOLERANCE_S: Final = 1e-3
 """Costs closer than a millisecond are equal, as for the policy."""
 _LEG: Final = "/prefill"
 """What the id of a leg has more than that of its flight."""
+_LATE: Final = 3.0
+"""A first token comes within so many times its prediction, with few exceptions."""
+_ROOM_S: Final = 0.01
+"""A request that was expected to wait for the replica that answers by more than this tells nothing of the way of its prompt."""
 _NOISE: Final = 0.25
 _WAIT_NOISE: Final = 0.3
 """Of a predicted time, and of a predicted wait, as shares of it: those of `core/speed.py`."""
 
 
-class Role(StrEnum):
-    """What a replica does where prefill and decode are apart."""
-
-    PREFILL = "prefill"
-    DECODE = "decode"
-    BOTH = "both"
-
-
-def role_of(member: Member) -> Role:
-    """By its label; without one, or with another value, it does both."""
-    label = member.replica.labels.get(ROLE)
-    return Role(label) if label in (Role.PREFILL, Role.DECODE) else Role.BOTH
+def role_of(member: Member) -> Role | None:
+    """That of a member."""
+    return role(member.replica.labels)
 
 
 def decodes(member: Member) -> bool:
     """Whether requests may be sent to it."""
-    return role_of(member) is not Role.PREFILL
+    return role_of(member) in (Role.DECODE, Role.BOTH)
 
 
 def prefills(member: Member) -> bool:
     """Whether it may compute prompts for others."""
-    return role_of(member) is not Role.DECODE
+    return role_of(member) in (Role.PREFILL, Role.BOTH)
 
 
 def does_both(member: Member) -> bool:
@@ -133,9 +126,12 @@ class Disaggregation:
         """Whether the replica can answer without another."""
         return decodes(member) if self.settings.local_prefill else does_both(member)
 
-    def plan(self, ask: Ask, members: Sequence[Member], prefillers: Sequence[Member], now: float) -> None:
+    def plan(
+        self, ask: Ask, members: Sequence[Member], prefillers: Sequence[Member], within_s: float | None, now: float
+    ) -> None:
         """Mark the ask as split where that costs less. `members` may decode it, `prefillers` compute its prompt.
 
+        `within_s`: seconds in which the first token must come; None for whenever. Where only one of the two ways is in time, it is taken.
         Then the ask's predictions are those of a split request, on every one but the chosen prefiller: that would keep it.
         """
         if not prefillers or not members:
@@ -144,18 +140,43 @@ class Disaggregation:
         parts = self._split_parts(ask, split, members, now)
         if not parts:
             return  # the only one that decodes is the one that would prefill
-        if self.settings.local_prefill:
-            alone = min(members, key=lambda m: cost_s(ask, m, now))
-            split_s = min(part.cost_s for part in parts.values())
-            if not self.prefers(ask, alone, cost_s(ask, alone, now), split_s):
-                return
+        if self.settings.local_prefill and not self._splits(ask, members, parts.values(), within_s, now):
+            return
         ask.split = split
         for address, part in parts.items():
             ask.parts[address] = _fields(part)
 
+    def _splits(
+        self,
+        ask: Ask,
+        members: Sequence[Member],
+        parts: Collection[Prediction],
+        within_s: float | None,
+        now: float,
+    ) -> bool:
+        if within_s is not None:
+            whole = any(predict(ask, member, now).ttft_s <= within_s for member in members)
+            apart = any(part.ttft_s <= within_s for part in parts)
+            if whole is not apart:
+                return apart
+        alone = min(members, key=lambda m: cost_s(ask, m, now))
+        return self.prefers(ask, alone, cost_s(ask, alone, now), min(part.cost_s for part in parts))
+
     def prefers(self, ask: Ask, alone: Member, whole_s: float, split_s: float) -> bool:  # noqa: ARG002  # other rules need them
         """Whether to split a request that costs `whole_s` on `alone`, the best, and `split_s` where it is split best."""
         return split_s < whole_s
+
+    def settled(self, ask: Ask, ranking: Ranking) -> Ranking:
+        """A ranking of a split ask, without the replica that computes the prompt.
+
+        Where that is the best, it keeps the request, and the alternates are those that need no help either.
+        """
+        assert ask.split is not None
+        at = ask.split.member
+        if ranking.order[0][1] is at:
+            ask.split = None
+            return Ranking([scored for scored in ranking.order if self.alone(scored[1])], ranking.reason)
+        return Ranking([scored for scored in ranking.order if scored[1] is not at], SPLIT)
 
     def _best_leg(self, ask: Ask, prefillers: Sequence[Member], now: float) -> Split:
         prompt = self._alone(ask, len(prefillers), now)
@@ -174,7 +195,10 @@ class Disaggregation:
         return alone
 
     def _split_parts(self, ask: Ask, split: Split, members: Sequence[Member], now: float) -> dict[str, Prediction]:
-        """What the request sees, and costs, on each that may decode it, were its prompt computed as `split` says."""
+        """What the request sees, and costs, on each that may decode it, were its prompt computed as `split` says.
+
+        Cached is what nobody has to compute: what is on the replica that prefills. The side-car reports the same in `usage`.
+        """
         others = [member for member in members if member is not split.member]
         there = {member.address: float(ask.prompt_tokens) for member in others}
         computed = Ask(
@@ -191,18 +215,10 @@ class Disaggregation:
             )
             queue_s = max(here.queue_s, ready_s + transfer_s)
             cost = here.cost_s - here.queue_s + queue_s + burden_s
-            parts[member.address] = replace(here, queue_s=queue_s, cost_s=cost)
+            parts[member.address] = replace(
+                here, cached_tokens=split.prediction.cached_tokens, queue_s=queue_s, cost_s=cost
+            )
         return parts
-
-
-def settled(ask: Ask, ranking: Ranking) -> Ranking:
-    """A ranking of a split ask, without the replica that computes the prompt; where that is the best, it keeps the request."""
-    assert ask.split is not None
-    at = ask.split.member
-    if ranking.order[0][1] is at:
-        ask.split = None
-        return ranking
-    return Ranking([scored for scored in ranking.order if scored[1] is not at], SPLIT)
 
 
 def book(flight: Flight, split: Split, unseen_s: float, now: float) -> Leg:
@@ -217,6 +233,7 @@ def book(flight: Flight, split: Split, unseen_s: float, now: float) -> Leg:
         output_tokens=0.0,
         samples=1,
         hit_bytes=0,
+        whole=flight,
         prediction=prediction,
         work_s=(backlog_s + prediction.prefill_s) / member.speed.prefill_factor,
         unseen_s=unseen_s,
@@ -228,9 +245,22 @@ def book(flight: Flight, split: Split, unseen_s: float, now: float) -> Leg:
     return flight.leg
 
 
-def flight_of(leg: str) -> str:
-    """The id of the flight that a leg belongs to."""
-    return leg.removesuffix(_LEG)
+def suspected(flight: Flight, outcome: Outcome, now: float) -> bool:
+    """Whether an error of a flight is laid to the replica that computes its prompt, and not to those that were to answer.
+
+    A side-car gives the client the error of that replica. So says any error before the first token, and one that the proxy got again
+    when it asked another, even if it then found nobody else to ask; where no first token is seen, else one that came as early as
+    the first token might have.
+    """
+    again = outcome.attempts > 1
+    if flight.leg is None or not (outcome.end is End.UPSTREAM_ERROR or (outcome.end is End.UNREACHABLE and again)):
+        return False
+    if flight.shows_first_token or again:
+        return True
+    after_s = now - flight.routed_at
+    if outcome.duration_s is not None:  # what is reported comes late, and a duration has the wait here in it
+        after_s = min(after_s, outcome.duration_s)
+    return after_s <= _LATE * flight.prediction.ttft_s
 
 
 def still_at_leg(fleet: Fleet, flight: Flight, now: float) -> None:
@@ -252,6 +282,8 @@ def learn(disaggregation: Disaggregation, flight: Flight, member: Member, replic
     expected_s = speed.base_s + speed.prefill_s(leg.work_s) + leg.unseen_s + after_s
     if replica_ttft_s <= 0 or expected_s <= 0 or leg.prediction.load_s or flight.prediction.load_s:
         return
+    if flight.prediction.queue_s > leg.prediction.ttft_s + transfer_s + _ROOM_S:
+        return  # it waited for a place where it is answered, and nobody knows when that became free
     transfer = disaggregation.transfer
     unsure, of_prefill = transfer.doubt(transfer_s, expected_s), speed.ttft_variance(leg.work_s, expected_s)
     if transfer_s > 0:

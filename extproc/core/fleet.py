@@ -12,7 +12,7 @@ from extproc.core.health.progress import silence_s
 from extproc.core.health.replica import Health, Report, untold
 from extproc.core.health.settings import HealthSettings
 from extproc.core.health.states import Reason, State
-from extproc.core.lora import Held
+from extproc.core.lora import Held, Wanted
 from extproc.core.peers import Others, Peers
 from extproc.core.ranks import endpoint_of
 from extproc.core.speed import Shared, Speed
@@ -204,6 +204,7 @@ class Member:
     def _began(self, now: float) -> None:
         """Another process is there, as of now."""
         self.began_at = now
+        self.strangers = 0.0  # what others had there has ended with the process before
         if self.load.lora is not None:
             self.load.lora.restarted()
 
@@ -243,9 +244,11 @@ class Member:
         """Notice what time has changed: states that end, and work that makes no progress."""
         if self.load.requests:
             # What the process before had will bring no byte, and says nothing of this one.
-            # Nor does one whose prompt another computes, until its first token: there it stands in the legs.
-            flights = [flight for flight in self.load if flight.routed_at >= self.began_at and flight.leg is None]
-            flights += [leg for leg in self.load.legs if leg.routed_at >= self.began_at]
+            # Nor does a stream whose prompt another computes, until its first token: there it stands in the legs. Where no first
+            # token shows it may be either of them, and a sign of work for whichever request clears the one that is well.
+            flights = [f for f in self.load if f.routed_at >= self.began_at and not (f.leg and f.shows_first_token)]
+            legs = (leg if leg.shows_first_token else leg.whole for leg in self.load.legs)
+            flights += [leg for leg in legs if leg is not None and leg.routed_at >= self.began_at]
             silent_s = silence_s(flights, self.heard_at, self._counted(now), self.health.settings, now)
             if silent_s:
                 self.health.silent_for(silent_s, now)
@@ -289,6 +292,11 @@ class Member:
         """Requests there whose first token is still to come, as far as we know, are told, or believe."""
         ours = self.load.prefilling(now)
         return ours if self.others is None else ours + self.others.prefilling
+
+    def has_slot(self, wanted: Wanted, now: float) -> bool:
+        """Whether a request for the LoRA adapter could join the batch there, however long the queue."""
+        held = self.load.lora
+        return held is None or held.open_to(wanted, self.fresh(now) is not None)
 
     def awaiting_adapter(self, now: float) -> int:
         """Our requests there that wait for a slot for their LoRA adapter, and let others pass."""
@@ -434,11 +442,12 @@ class Fleet:
                 against = peers.against(address)
                 member.health.told(against.out, against.draining, against.ends_at, now)
 
-    def expire(self, now: float) -> None:
-        """Notice what time has changed. To be called several times a second."""
+    def expire(self, now: float, answers: Callable[[Member], bool] | None = None) -> None:
+        """Notice what time has changed. To be called several times a second. `answers`: who gets requests; None for all."""
         for member in self._members.values():
             member.expire(now)
-        self.trial_due = next((m.address for m in self._members.values() if _waits_for_trial(m, now)), None)
+        due = (m.address for m in self._members.values() if _waits_for_trial(m, now) and (not answers or answers(m)))
+        self.trial_due = next(due, None)
 
     def absent(self, now: float) -> bool:
         """Whether there is nobody that anything could be sent to: nothing listens on any member, or there is none."""

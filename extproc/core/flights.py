@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from extproc.core.catalog.settings import Target
-from extproc.core.lora import Held
+from extproc.core.lora import Held, Wanted
 from extproc.core.types import Api, Blocks, Prediction, PrefixSource
 
 
@@ -76,7 +76,9 @@ class Flight:
     """What told of the prediction's cached tokens."""
     leg: Leg | None = None
     """Its prefill, while another replica may be at it; None where there is no such, and after the first token."""
-    adapter: str | None = None
+    whole: Flight | None = None
+    """Of a leg: the flight that it belongs to."""
+    adapter: Wanted | None = None
     """The LoRA adapter that it needs."""
     slot_at: float = 0.0
     """When the replica should have a slot for that."""
@@ -227,10 +229,15 @@ class Load:
         if flight.adapter is not None:
             self._use_adapter(flight.adapter, flight, now)
 
-    def _use_adapter(self, name: str, flight: Flight, now: float) -> None:
+    def _use_adapter(self, wanted: Wanted, flight: Flight, now: float) -> None:
         if self.lora is None:
             self.lora = Held()
-        self.lora.opened(name, flight, now)
+        self.lora.opened(wanted, flight, now)
+
+    def doubt_adapter(self, flight: Flight, unknown: bool) -> None:
+        """A flight that was closed had failed: what it was to load is not there, nor is what the replica said to be `unknown`."""
+        if self.lora is not None and flight.adapter is not None and (unknown or flight.prediction.load_s):
+            self.lora.forget(flight.adapter.name)
 
     def _enqueue(self, flight: Flight, now: float, backlog_s: float | None) -> None:
         ours_s = self.backlog_s(now)

@@ -56,9 +56,9 @@ def learn(pool: Pool, fact: ReplicaFact, now: float) -> None:
         case DrainEnded():
             member.health.drain_ended(now)
         case Serves(models=models, parents=parents):
-            member.models, member.parents = models, parents
-            if parents or pool.lora.holders:
-                pool.list_adapters()
+            if (models, parents) != (member.models, member.parents):
+                member.models, member.parents = models, parents
+                pool.lists(member.address, models, parents)
         case Placed(blocks=blocks):
             if member.state(now) is not State.GONE:
                 pool.index.insert(member.address, blocks)
@@ -69,6 +69,8 @@ def learn(pool: Pool, fact: ReplicaFact, now: float) -> None:
 def _sampled(pool: Pool, member: Member, sample: Sample, now: float) -> None:
     if member.sampled(sample, now):
         pool.caches.restarted(member.address, now)
+    if sample.adapters is not None:
+        pool.lora.slots_told = sample.adapters.slots
     if capacity := sample.kv_capacity_tokens:
         model = next(iter(pool.settings.models or member.models), None)
         per_token = pool.prompt_tokens.bytes_per_token(model)

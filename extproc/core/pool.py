@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Final
 
-from extproc.core.admission.admission import Admission, Work
+from extproc.core.admission.admission import Admission, Reach, Work
 from extproc.core.admission.fairness import charge_tokens
-from extproc.core.disaggregation import Disaggregation, book, decodes, learn, prefills
+from extproc.core.disaggregation import Disaggregation, book, decodes, learn, prefills, suspected
 from extproc.core.estimates import Estimates, failed
 from extproc.core.fleet import Changed, Fleet, Member
 from extproc.core.flights import Flight
@@ -15,6 +16,7 @@ from extproc.core.health.states import State
 from extproc.core.lora import Lora
 from extproc.core.peers import PEERS_SLACK_S, Peers, trusted
 from extproc.core.policies import Policy, create
+from extproc.core.policies.base import Ranking
 from extproc.core.prediction import Ask, predict, unseen
 from extproc.core.prefix.caches import Caches
 from extproc.core.prefix.index import PrefixIndex
@@ -65,18 +67,15 @@ class Pool(Estimates):
     @property
     def models(self) -> tuple[str, ...]:
         """Configured names first, then what replicas list, LoRA adapters included."""
-        served = (name for member in self.fleet.members for name in member.models)
-        return tuple(dict.fromkeys((*self.settings.models, *served)))
+        return tuple(dict.fromkeys((*self.settings.models, *self.lora.models)))
 
-    @property
-    def parents(self) -> dict[str, str]:
-        """LoRA adapters that replicas list, with their base models."""
-        return {name: parent for member in self.fleet.members for name, parent in member.parents.items()}
+    def names(self, model: str) -> bool:
+        """Whether the configuration or a replica names the model. Asked once a request, where replicas may list thousands."""
+        return model in self.lora.models or model in self.settings.models
 
-    def list_adapters(self) -> None:
-        """Replicas joined, left, or list others: see who has which adapter."""
-        listed = ((member.address, member.parents) for member in self.fleet.members)
-        self.lora.listed(listed, self.settings.models)
+    def lists(self, address: str, models: tuple[str, ...], parents: Mapping[str, str]) -> None:
+        """The replica lists these models, of which `parents` has the adapters."""
+        self.lora.lists(address, models, parents, self.settings.models)
 
     @property
     def index(self) -> PrefixIndex:
@@ -107,12 +106,20 @@ class Pool(Estimates):
         else:
             self.disaggregation.configure(settings)
 
+    @property
+    def answers(self) -> Callable[[Member], bool] | None:
+        """Which members get requests at all; None for all."""
+        return None if self.disaggregation is None else decodes
+
     def candidates(self, request: Request, now: float) -> list[Member]:
         """Who may be chosen to answer the request."""
-        if self.disaggregation is None:
+        disaggregation = self.disaggregation
+        if disaggregation is None:
             return self._able(request, now)
-        apart = self.disaggregation.apart(request) and bool(self._prefillers(request, self.disaggregation, now))
-        return self._able(request, now, decodes if apart else self.disaggregation.alone)
+        if disaggregation.settings.local_prefill or not disaggregation.apart(request):
+            return self._able(request, now, disaggregation.alone)
+        helped = bool(self._prefillers(request, disaggregation, now))
+        return self._able(request, now, decodes if helped else disaggregation.alone)
 
     def _able(self, request: Request, now: float, among: Callable[[Member], bool] | None = None) -> list[Member]:
         """Candidates, of a LoRA adapter only those that list it."""
@@ -123,6 +130,31 @@ class Pool(Estimates):
             now, request.subset, lambda member: member.address in holders and (among is None or among(member))
         )
 
+    def reach(self, now: float) -> Reach:
+        """Names for what requests are short of at present: equal for those of which none fits where one does not.
+
+        The members that they may go to; and for a LoRA adapter any slot, or those where it is in use. Not while no member has room at
+        all: then the first that is tried stands for all.
+        """
+        members, holders, within_s = self.fleet.members, self.lora.holders, self.settings.queue.hold_above_s
+        if not holders or all(member.backlog_s(now) > within_s for member in members):
+            return attrgetter("subset")
+        used = {name for member in members if member.load.lora is not None for name in member.load.lora.in_use}
+
+        def reach(request: Request) -> Hashable:
+            having = holders.get(request.model or "")
+            if having is None:
+                return request.subset
+            among = None if len(having) == len(members) else frozenset(having)
+            return request.model if request.model in used else True, among, request.subset
+
+        return reach
+
+    def awaits_slot(self, request: Request, members: Iterable[Member], now: float) -> bool:
+        """Whether on all of these every slot is in use for other LoRA adapters than the one that the request needs."""
+        wanted = self.lora.wanted(request.model)
+        return wanted is not None and not any(member.has_slot(wanted, now) for member in members)
+
     def _prefillers(self, request: Request, disaggregation: Disaggregation, now: float) -> list[Member]:
         """Who may compute its prompt for another. Those that are out are tried, for want of better ones, only where none can do without."""
         found = self._able(request, now, prefills)
@@ -130,15 +162,13 @@ class Pool(Estimates):
 
     def serves(self, model: str) -> bool:
         """Whether the pool has the model; True for any while neither configuration nor replicas have named one."""
-        if model in self.settings.models:
-            return True
-        members = self.fleet.members
-        if any(model in member.models for member in members):
-            return True
-        return not self.settings.models and not any(member.models for member in members)
+        return self.names(model) or not (self.lora.models or self.settings.models)
 
-    def ask(self, request: Request, members: Sequence[Member], now: float) -> Ask:
-        """Estimate what the request is in tokens, where its prefix lies, and what seconds are worth among these members."""
+    def ask(self, request: Request, members: Sequence[Member], now: float, held_s: float = 0.0) -> Ask:
+        """Estimate what the request is in tokens, where its prefix lies, and what seconds are worth among these members.
+
+        `held_s`: how long it has waited here.
+        """
         tokens, output = self.size(request)
         hits, exact = self.caches.hits(request, tokens)
         others = sum([member.strangers for member in members])
@@ -151,8 +181,16 @@ class Pool(Estimates):
         if self.lora.holders:
             ask.adapter = self.lora.wanted(request.model)
         if self.disaggregation is not None and self.disaggregation.apart(request):
-            self.disaggregation.plan(ask, members, self._prefillers(request, self.disaggregation, now), now)
+            prefillers = self._prefillers(request, self.disaggregation, now)
+            within_s = None if request.slo_ttft_s is None else request.slo_ttft_s - held_s
+            self.disaggregation.plan(ask, members, prefillers, within_s, now)
         return ask
+
+    def settled(self, ask: Ask, ranking: Ranking) -> Ranking:
+        """A ranking as it is acted on."""
+        if ask.split is None or self.disaggregation is None:
+            return ranking
+        return self.disaggregation.settled(ask, ranking)
 
     # --- prompts computed for others ---
 
@@ -217,10 +255,11 @@ class Pool(Estimates):
     def judge(self, flight: Flight, outcome: Outcome, moved: bool, now: float) -> None:
         """What the end says of the health of whoever had the request. 4xx is the client's fault, and no evidence."""
         chosen, last = self.fleet.get(flight.address), self.fleet.get(outcome.served or flight.address)
-        if chosen is not None and moved:
+        by_leg = suspected(flight, outcome, now)  # then the proxy found the same with whoever else it asked
+        if chosen is not None and moved and not by_leg:
             chosen.failed(now, flight)
         if last is not None:
-            if _fell(outcome) and not (flight.leg is not None and outcome.end is End.UPSTREAM_ERROR):
+            if _fell(outcome) and not by_leg:
                 last.failed(now, flight)
             elif outcome.end is End.OK and outcome.duration_s is not None:
                 restarted = last.answered(outcome.duration_s, now, flight)
@@ -275,7 +314,7 @@ def came(pool: Pool, ask: Ask, members: Sequence[Member], now: float) -> None:
         prefill_s = NOBODY.prefill_s(NOBODY.work_s(ask.prompt_tokens, 0))
         pool.scaling.arrived(Asked(NOBODY, ask.prompt_tokens, 0, prefill_s, output_tokens), now)
         return
-    at, best = min(((m, predict(ask, m, now)) for m in members), key=lambda pair: pair[1].prefill_s)
+    at, best = _prompt(ask, members, now)
     uncached = max(ask.prompt_tokens - best.cached_tokens, 1)
     pool.scaling.arrived(Asked(at.speed, uncached, best.cached_tokens, best.prefill_s, output_tokens), now)
 
@@ -286,13 +325,20 @@ def work_of(ask: Ask, members: Sequence[Member], now: float) -> Work:
         prefill_s = NOBODY.prefill_s(NOBODY.work_s(ask.prompt_tokens, 0))
         tokens = charge_tokens(ask.prompt_tokens, ask.output_tokens * ask.request.samples)
         return Work(tokens, prefill_s, NOBODY.base_s + prefill_s)
-    best = min((predict(ask, member, now) for member in members), key=_prefill_s)
+    at, best = _prompt(ask, members, now)
     tokens = charge_tokens(ask.prompt_tokens - best.cached_tokens, ask.output_tokens * ask.request.samples)
-    return Work(tokens, best.prefill_s, members[0].speed.base_s + best.prefill_s)
+    return Work(tokens, best.prefill_s, at.speed.base_s + best.prefill_s)
 
 
-def _prefill_s(prediction: Prediction) -> float:
-    return prediction.prefill_s
+def _prompt(ask: Ask, members: Sequence[Member], now: float) -> tuple[Member, Prediction]:
+    """Who computes the prompt, or would with the least work, and what it sees there."""
+    if ask.split is not None:
+        return ask.split.member, ask.split.prediction
+    return min(((member, predict(ask, member, now)) for member in members), key=_prefill_s)
+
+
+def _prefill_s(at: tuple[Member, Prediction]) -> float:
+    return at[1].prefill_s
 
 
 def first_to_come(pool: Pool, now: float) -> bool:

@@ -49,6 +49,10 @@ class Ask:
     adapter: Wanted | None = None
     """The LoRA adapter that it needs; None for the base model."""
 
+    def lacks_prefiller(self, now: float) -> bool:
+        """Whether nothing listens on the replica that would compute the prompt: then there is none that could."""
+        return self.split is not None and self.split.member.health.unreachable(now)
+
     @property
     def tie_key(self) -> int | None:
         """Same for requests that share their head: ties go by it, so that routers that do not talk still agree."""

@@ -22,9 +22,8 @@ from extproc.core.admission.room import crosses_at, in_time, soonest
 from extproc.core.catalog.listing import Listed
 from extproc.core.catalog.providers import Provider
 from extproc.core.catalog.settings import Target
-from extproc.core.catalog.steering import ELSEWHERE, Option, Place, Steering, Waiting, serves, too_late, useless
+from extproc.core.catalog.steering import ELSEWHERE, VACANT, Option, Place, Steering, Waiting, serves, too_late, useless
 from extproc.core.deciding import decide, on_trial
-from extproc.core.disaggregation import settled
 from extproc.core.fleet import Member
 from extproc.core.flights import Ledger
 from extproc.core.health.states import Reason, State
@@ -107,7 +106,7 @@ class Router:
         """Of tenants; only requests with an account are counted."""
         self._running = Running(self._pools, self.steering, self.limits, self._observer, flight_ttl_s)
         self._leave_at: dict[str, float] = {}
-        """Pool without anybody -> when those who wait for it are looked at next for other ways."""
+        """Pool without anybody that is well -> when those who wait for it are looked at next for other ways."""
         self._held: dict[str, Pool] = {}
         """Ticket -> where it waits, until its turn was told."""
 
@@ -157,7 +156,7 @@ class Router:
         return verdict if isinstance(verdict, Wait) else self._with_allowance(verdict, request, now)
 
     def _along(self, options: Sequence[Option], request: Request, now: float) -> Verdict:
-        """Try one after the other. Where none takes it, or lets it wait in time, it is with the first as if that were the only one."""
+        """Try one after the other: whoever takes it, or lets it wait in time."""
         if len(options) == 1:
             return self._at(options[0], request, Waiting.LONG, now)
         why: Refusal | None = None
@@ -169,7 +168,21 @@ class Router:
             if verdict.refusal not in ELSEWHERE:
                 return verdict
             why = why or verdict.refusal
-        return self._at(options[0], request, Waiting.LONG, now, again=True)
+        return self._with_the_first(options, request, why, now)
+
+    def _with_the_first(self, options: Sequence[Option], request: Request, why: Refusal | None, now: float) -> Verdict:
+        """What the first says that has anybody, were it the only one. What the others said before is known: none takes it at once."""
+        nobody: Reject | None = None
+        for option in options:
+            verdict = self._at(option, request, Waiting.LONG, now, again=True)
+            if not isinstance(verdict, Reject):
+                self._spilled(option, None if nobody is None else why)
+                return verdict
+            if verdict.refusal not in VACANT:
+                return verdict
+            nobody = nobody or verdict
+        assert nobody is not None
+        return nobody
 
     def _spilled(self, option: Option, why: Refusal | None) -> None:
         """Count a request that went on to this option; `why` is None for the first."""
@@ -205,7 +218,7 @@ class Router:
             return Reject(Refusal.ABSENT, request.model)
         if not pool.admission.holds(request):
             return self._send(pool, ask, pool.policy.rank(ask, members, now, self._rng), now)
-        absent = _unreachable(members, now) or first_to_come(pool, now)
+        absent = _unreachable(members, now) or ask.lacks_prefiller(now) or first_to_come(pool, now)
         able = in_time(ask, members, request.slo_ttft_s, now)
         if not able and not absent:  # nor would it be in time after a wait here
             if not again:
@@ -235,22 +248,22 @@ class Router:
         options = self.steering.options(request, self._draw)
         if not options:
             return self.steering.unknown(request, now)
-        pool, target = next((option for option in options if serves(option[0], request, now)), options[0])
-        request = self.steering.aim(request, target)
+        aimed = [(place, self.steering.aim(request, target)) for place, target in options]
         if request.account is not None:
-            prompt_tokens, output_each = pool.size(request)
+            first, of_first = aimed[0]
+            prompt_tokens, output_each = first.size(of_first)
             exceeded = self.limits.would_refuse(request, prompt_tokens, output_each * request.samples, now)
             if exceeded is not None:
                 return exceeded
+        pool, request = next((each for each in aimed if serves(*each, now)), aimed[0])
         if isinstance(pool, Provider):
-            return pool.decide(request, "", now)
+            return pool.refusal(request, now) or pool.decide(request, "", now)
         members = pool.candidates(request, now)
         if not members:
             return self._nobody(pool, request)
         ask = pool.ask(request, members, now)
         ranking = pool.policy.rank(ask, members, now, self._rng)
-        if ask.split is not None:
-            ranking = settled(ask, ranking)
+        ranking = pool.settled(ask, ranking)
         return decide("", pool, ask, ranking, now, listed=len(members))
 
     def turns(self, now: float) -> list[Turn]:
@@ -306,7 +319,8 @@ class Router:
         """Every pool where a request for the model may go, and the LoRA adapter that it is there; None for a base model."""
         found = self.steering.reachable(model)
         return [
-            (pool.settings.name, name if name is not None and name in pool.parents else None) for pool, name in found
+            (pool.settings.name, name if name is not None and name in pool.lora.holders else None)
+            for pool, name in found
         ]
 
     # --- facts --------------------------------------------------------------------------------------------------------
@@ -345,7 +359,7 @@ class Router:
         called several times a second. Returns how many flights were closed.
         """
         for pool in self._pools.values():
-            pool.fleet.expire(now)
+            pool.fleet.expire(now, pool.answers)
             if pool.scaling is not None and pool.listed:
                 pool.scaling.look(pool.admission, pool.fleet, now)
             for name in pool.peers.silent(now):
@@ -445,8 +459,9 @@ class Router:
     def _turns(self, pool: Pool, now: float) -> list[Turn]:
         admission = pool.admission
         absent = nobody_yet(pool, now)
-        ended = admission.turns(now, lambda entry: self._place(pool, entry, now), absent)
-        if absent and len(self.steering.catalog) and now >= self._leave_at.get(pool.settings.name, now):
+        ended = admission.turns(now, lambda entry: self._place(pool, entry, now), absent, pool.reach(now))
+        due = len(self.steering.catalog) and now >= self._leave_at.get(pool.settings.name, now)
+        if due and (absent or useless(pool.fleet.members, now)):
             self._leave_at[pool.settings.name] = now + LEAVE_S
             ended += self._leaving(pool, now)
         admission.plan(now, crosses_at(pool.fleet.members, admission.settings.hold_above_s, now))
@@ -464,12 +479,15 @@ class Router:
             if route is not None:
                 return route
         if _unreachable(members, now):
-            late = now - entry.arrived_at >= admission.settings.absent_wait_s
-            return Reject(Refusal.ABSENT, request.model) if late else None
+            return self._later(entry, pool, now)
         soon = soon and admission.settings.enabled
         if self._full or (soon and all(member.backlog_s(now) > within_s for member in members)):
             return None
-        ask = pool.ask(request, members, now)
+        if soon and pool.awaits_slot(request, members, now):
+            return None
+        ask = pool.ask(request, members, now, now - entry.arrived_at)
+        if ask.lacks_prefiller(now):
+            return self._later(entry, pool, now)
         if soon and not admission.room.free(ask, members, within_s, now):
             return None
         if soon and ask.split is not None and ask.split.member.backlog_s(now) > within_s:
@@ -484,6 +502,11 @@ class Router:
             # their sake: with this p99 of urgent requests at 1.2 times saturation falls by a third, on the longest prompts by half.
             able = soonest(ask, able, within_s, now)
         return self._send(pool, ask, pool.policy.rank(ask, able, now, self._rng), now)
+
+    def _later(self, entry: Entry, pool: Pool, now: float) -> Reject | None:
+        """While nobody is there: nothing, until that has lasted for too long."""
+        late = now - entry.arrived_at >= pool.admission.settings.absent_wait_s
+        return Reject(Refusal.ABSENT, entry.request.model) if late else None
 
     def _over(self, pool: Pool, entry: Entry, verdict: Route | Reject, now: float) -> Turn:
         """Tell of the end of a wait."""
@@ -505,16 +528,17 @@ class Router:
         return reject if route is None else route
 
     def _leaving(self, pool: Pool, now: float) -> list[Turned]:
-        """Those whose pool has nobody, and who can go elsewhere at once. Of those with the same target all are passed over after one cannot."""
+        """Those whose pool has nobody that is well, and who can go elsewhere at once. Of those with the same ways all are passed over after one cannot."""
         ended: list[Turned] = []
-        stuck: set[Target] = set()
+        stuck: set[tuple[bool, tuple[Target | None, ...]]] = set()
         for entry in list(pool.admission.queue.order()):
-            target = entry.request.target
-            if target is None or target in stuck:
+            ways = tuple(target for _, target in self.steering.after(entry.request))
+            alike = entry.request.slo_ttft_s is None, ways  # who is in haste may be refused where others are not
+            if not ways or alike in stuck:
                 continue
             route = self._spill(entry, Refusal.ABSENT, now)
             if route is None:
-                stuck.add(target)
+                stuck.add(alike)
             elif pool.admission.leave(entry.held.ticket, now) is not None:
                 ended.append((entry, route))
         return ended
@@ -543,8 +567,7 @@ class Router:
         if pool.fleet.trial_due is not None:
             ranking = on_trial(ranking, pool.fleet.trial_due)
             pool.fleet.trial_due = None
-        if ask.split is not None:
-            ranking = settled(ask, ranking)
+        ranking = pool.settled(ask, ranking)
         best = ranking.order[0][1]
         self._count += 1
         decision = decide(f"{self._boot}-{self._count:x}", pool, ask, ranking, now)
@@ -557,9 +580,8 @@ class Router:
         pool.listed = True
         for address in pool.fleet.apply(change, now):
             pool.caches.forget(address)
+            pool.lists(address, (), {})
             self._observer.left(pool.settings.name, address)
-        if pool.lora.holders:
-            pool.list_adapters()
 
     def _health_changed(self, pool: str, address: str, before: State, after: State, reason: Reason) -> None:
         if after is State.GONE:

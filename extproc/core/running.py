@@ -9,11 +9,12 @@ from typing import Final
 from extproc.core.admission.limits import Limits
 from extproc.core.catalog.steering import Steering
 from extproc.core.deciding import flight_for
-from extproc.core.disaggregation import flight_of, still_at_leg
+from extproc.core.disaggregation import still_at_leg, suspected
 from extproc.core.estimates import failed, whole
 from extproc.core.fleet import Member
 from extproc.core.flights import Flight, Ledger
 from extproc.core.learning import learn_first_token, learn_speed
+from extproc.core.lora import UNKNOWN
 from extproc.core.observers import Ended, Observer
 from extproc.core.peers import Placements
 from extproc.core.pool import Pool, leg_ended
@@ -93,10 +94,10 @@ class Running:
             self._first_token(member, flight, fact.replica_ttft_s, now)
             member.began(flight, now)
         elif fact.replica_ttft_s is None and (flight.shows_first_token or _silent(member, flight, now)):
-            if flight.leg is not None:
-                still_at_leg(self._pools[flight.pool].fleet, flight, now)
-            else:
+            if flight.leg is None:
                 member.load.still_prefilling(flight, now)
+            elif flight.shows_first_token:
+                still_at_leg(self._pools[flight.pool].fleet, flight, now)
 
     def stalled(self, for_s: float) -> None:
         """Nothing ran here for so long: as if the time had not passed, for all that is inferred from silence."""
@@ -111,6 +112,7 @@ class Running:
         before, after = fleet.get(flight.at), fleet.get(served)
         if before is not None and before.load.has(flight):
             before.load.close(flight, now)
+            before.load.doubt_adapter(flight, unknown=False)
         flight.at, flight.heard_at = served, now
         self._pools[flight.pool].caches.pending.move(flight.id, served)
         if after is not None:
@@ -159,7 +161,7 @@ class Running:
         pool.judge(flight, outcome, moved, now)
         if flight.leg is not None:
             begun = outcome.end is End.OK and not failed(outcome)
-            leg_ended(pool, flight, now, begun, outcome.end is End.UPSTREAM_ERROR)
+            leg_ended(pool, flight, now, begun, suspected(flight, outcome, now))
         output_tokens = pool.learn_tokens(flight, outcome)
         pool.admission.settle(flight, outcome, output_tokens)
         self._limits.settle(flight.id, outcome, flight.prompt_tokens, output_tokens)
@@ -177,6 +179,8 @@ class Running:
         if told and outcome.replica_ttft_s is not None:
             self._first_token(member, flight, outcome.replica_ttft_s, now)
         member.load.close(flight, now)
+        if failed(outcome) or outcome.end is End.UNREACHABLE:
+            member.load.doubt_adapter(flight, unknown=outcome.status == UNKNOWN)
 
     def _end_outside(self, flight: Flight, outcome: Outcome, now: float) -> None:
         """The same for a flight to a provider, which may no longer be configured."""
@@ -201,10 +205,10 @@ class Running:
             assert self.ledger.get(flight.id) is flight, flight
             assert (flight.pool, flight.at) == (pool, member.address), flight
         for leg in member.load.legs:
-            whole_flight = self.ledger.get(flight_of(leg.id))
-            assert whole_flight is not None, leg
-            assert whole_flight.leg is not None, leg
-            assert (whole_flight.leg.flight, leg.address) == (leg, member.address), leg
+            assert leg.whole is not None, leg
+            assert self.ledger.get(leg.whole.id) is leg.whole, leg
+            assert leg.whole.leg is not None, leg
+            assert (leg.whole.leg.flight, leg.address) == (leg, member.address), leg
 
     def _check_flight(self, flight: Flight) -> None:
         fleet = self._pools[flight.pool].fleet

@@ -72,6 +72,8 @@ class Request:
     """Canonical prompt, bytes; None when the body was not read."""
     prompt_tokens: int | None = None
     """Exact count, known when the client sent token ids, or the prompt was tokenized here."""
+    prompt_words: int | None = None
+    """Words of a prompt that is one text; None where it is not, and where nobody wants to know."""
     tokens: TokenBlocks | None = None
     """The prompt as the engine will have it; None where it was not tokenized."""
     tokenized: bool = False
@@ -238,7 +240,8 @@ class ScrapeFailure(StrEnum):
     LATE = "late"  # no answer in time: a busy engine answers late
     REFUSED = "refused"  # nothing listens there
     STATUS = "status"  # answered, but not 200
-    UNREADABLE = "unreadable"  # answered 200 with a page that has none of the wanted lines
+    UNREADABLE = "unreadable"  # broke off, or answered 200 with a page that has none of the wanted lines
+    TOO_LARGE = "too_large"  # more bytes than are read
 
 
 @record

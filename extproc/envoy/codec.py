@@ -18,6 +18,7 @@ from extproc.envoy.exchange import (
     AskForTime,
     BodyArrived,
     Command,
+    Content,
     Continue,
     EchoBody,
     Event,
@@ -41,19 +42,20 @@ from extproc.envoy.names import (
     NAMESPACE,
     PATIENCE_HEADER,
     POOL_HEADER,
-    PREFILLER_HEADER,
+    PREFILLER_HEADERS,
     PROMPT_TOKENS,
     RANK_HEADER,
     REFUSED_DETAILS,
     REPLICA_TTFT_TAG,
     SERVED,
+    SIDECAR_HEADERS,
     STRIP_USAGE,
     SUBSET,
     SUBSET_NAMESPACE,
     TTFT_TAG,
     USAGE_NAMESPACE,
 )
-from extproc.pb.envoy.config.core.v3.base_pb2 import HeaderValueOption
+from extproc.pb.envoy.config.core.v3.base_pb2 import HeaderValue, HeaderValueOption
 from extproc.pb.envoy.data.accesslog.v3 import accesslog_pb2 as log_pb
 from extproc.pb.envoy.service.accesslog.v3.als_pb2 import StreamAccessLogsMessage
 from extproc.pb.envoy.service.ext_proc.v3 import external_processor_pb2 as pb
@@ -63,6 +65,8 @@ from extproc.pb.grpc.health.v1.health_pb2 import HealthCheckRequest, HealthCheck
 
 ALWAYS = frozenset({":method", ":path", "content-length"})
 """Headers read of every request."""
+OF_RESPONSE = frozenset({":status", "content-type", "content-encoding"})
+"""Headers read of every response that goes through us."""
 
 MODES = {
     0: Mode.NONE,
@@ -100,8 +104,9 @@ def event(raw: bytes, wanted: frozenset[str] = ALWAYS) -> Event:
         body = request.request_body
         return BodyArrived(body.body, body.end_of_stream)
     if kind == "request_headers":
-        end = request.request_headers.end_of_stream
-        return HeadersArrived(_head(request, wanted), end, _mode(request), _duplex_response(request))
+        end, mode, duplex = request.request_headers.end_of_stream, _mode(request), _duplex_response(request)
+        usage_is_read = mode is not Mode.FULL_DUPLEX or duplex
+        return HeadersArrived(_head(request, wanted, usage_is_read), end, mode, duplex)
     if kind == "request_trailers":
         return TRAILERS_ARRIVED
     if kind is None:
@@ -114,8 +119,8 @@ def event(raw: bytes, wanted: frozenset[str] = ALWAYS) -> Event:
 
 def _response_headers(request: pb.ProcessingRequest) -> ResponseArrived:
     message = request.response_headers
-    said = (h.raw_value.decode("ascii", "replace") or h.value for h in message.headers.headers if h.key == ":status")
-    status, served = next(said, ""), None
+    said = {h.key: _header_value(h) for h in message.headers.headers if h.key in OF_RESPONSE}
+    status, served = said.get(":status", ""), None
     if request.HasField("metadata_context"):
         served = _value(request.metadata_context.filter_metadata, LB_NAMESPACE, SERVED)
     return ResponseArrived(
@@ -124,14 +129,27 @@ def _response_headers(request: pb.ProcessingRequest) -> ResponseArrived:
         duplex=_duplex_response(request),
         status=int(status) if status.isdecimal() and len(status) == 3 else None,
         served=served.string_value or None if served is not None else None,
+        content=_content(said),
     )
 
 
-def _head(request: pb.ProcessingRequest, wanted: frozenset[str]) -> Head:
+def _content(headers: Mapping[str, str]) -> Content:
+    """As what the body of a response can be read."""
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if headers.get("content-encoding", "identity") != "identity":
+        return Content.OTHER
+    return {"text/event-stream": Content.STREAM, "application/json": Content.JSON}.get(kind, Content.OTHER)
+
+
+def _header_value(header: HeaderValue) -> str:
+    return header.raw_value.decode("utf-8", "replace") or header.value
+
+
+def _head(request: pb.ProcessingRequest, wanted: frozenset[str], usage_is_read: bool) -> Head:
     found: dict[str, str] = {}
     for header in request.request_headers.headers.headers:
         if (key := header.key) in wanted:
-            value = header.raw_value.decode("utf-8", "replace") or header.value
+            value = _header_value(header)
             # One that comes twice is one with a comma (RFC 9110, 5.3): were the last to count, a client could hide another behind it.
             found[key] = f"{found[key]},{value}" if key in found else value
     length = found.get("content-length", "")
@@ -143,6 +161,7 @@ def _head(request: pb.ProcessingRequest, wanted: frozenset[str]) -> Head:
         headers=found,
         subset=_subset(request) if told else None,
         claims=_claims(request) if told else None,
+        usage_is_read=usage_is_read,
     )
 
 
@@ -247,15 +266,21 @@ def _change(common: pb.CommonResponse, command: SetDestination) -> None:
         _set_header(mutation, PATIENCE_HEADER, str(max(1, round(steer.patience_s * 1e3))))
     if steer.rank is not None:
         _set_header(mutation, RANK_HEADER, str(steer.rank))
-    if steer.prefiller:
-        _set_header(mutation, PREFILLER_HEADER, steer.prefiller)
-    elif steer.prefiller is not None:  # under other people's gateways what a client wrote would reach the side-car
-        mutation.remove_headers.append(PREFILLER_HEADER)
+    if steer.prefiller is not None:
+        _tell_sidecar(mutation, steer.prefiller)
     if steer.pool is not None:
         _set_header(mutation, POOL_HEADER, steer.pool)
         common.clear_route_cache = True
     if steer.body is not None:  # a stale length makes Envoy answer 500
         _set_header(mutation, "content-length", str(len(steer.body)))
+
+
+def _tell_sidecar(mutation: pb.HeaderMutation, prefiller: str) -> None:
+    """Who computes the prompt; empty where nobody but the replica does. Under other people's gateways what a client wrote is still there."""
+    if prefiller:
+        for name in PREFILLER_HEADERS:
+            _set_header(mutation, name, prefiller)
+    mutation.remove_headers.extend(name for name in SIDECAR_HEADERS if not prefiller or name not in PREFILLER_HEADERS)
 
 
 def _set_header(mutation: pb.HeaderMutation, key: str, value: str) -> None:

@@ -13,7 +13,7 @@ What the proxy is configured to send (`Mode`) decides the path:
 Then the RPC ends: one that stayed open would hold the response hostage, for Envoy keeps it until the response ends, and a restart of this process
 would cut that response. Two things must come before. Where body messages may still be under way each is answered, because Envoy 1.40 sends
 the body twice to the replica when an RPC ends over unanswered pieces. And where the proxy streams the response through us as well
-(an end then loses the response) all of it is given back.
+(an end then loses the response) all of it is given back, and read as it passes: its end is the end of the flight, which nobody else will tell.
 """
 
 from __future__ import annotations
@@ -23,10 +23,16 @@ from dataclasses import field
 from enum import Enum
 
 from extproc.core.record import record
+from extproc.core.types import Usage
+from extproc.openai import errors
 from extproc.openai.errors import HttpError
+from extproc.openai.usage import UsageReader, UsageStripper
 
 CHUNK_BYTES = 62_000
 """Largest piece of a body given back: proxies read gRPC messages with a 64 KiB limit, and the envelope needs some of it."""
+
+SMALL_BYTES = 4096
+"""Pieces below are put together as they come: as objects, each would take some fifty bytes more than it brings, and clients make them small."""
 
 
 Data = bytes | memoryview
@@ -59,6 +65,16 @@ class Part(Enum):
     __hash__ = object.__hash__  # Enum hashes the name in Python code; members are singletons
 
 
+class Content(Enum):
+    """What the body of a response is, as far as it is read."""
+
+    STREAM = "stream"
+    """Server-sent events."""
+    JSON = "json"
+    OTHER = "other"
+    """Compressed bodies too."""
+
+
 @record
 class Head:
     """What is read of the request's headers."""
@@ -73,6 +89,8 @@ class Head:
     """Endpoints that the proxy allows; None is no restriction, empty is none allowed."""
     claims: Mapping[str, object] | None = field(default=None, repr=False)
     """Payloads of verified tokens by the name under which the proxy keeps them; None where it sent none."""
+    usage_is_read: bool = True
+    """Whether anybody reads the token counts of the response: our own filter in the proxy, or this stream."""
 
 
 @record
@@ -85,7 +103,7 @@ class Steer:
     body: bytes | None = None
     """The body to send instead; None leaves it as it is."""
     strip_usage: bool = False
-    """The usage chunk was asked for by us: the proxy takes it out of the response again."""
+    """The usage chunk was asked for by us: the proxy takes it out of the response again, or this stream where that goes through us."""
     pool: str | None = None
     """Which cluster, where there are several."""
     patience_s: float | None = None
@@ -152,7 +170,7 @@ class TrailersArrived:
 
 @record
 class ResponseArrived:
-    """A part of the response, of which nothing is read but its status and its size."""
+    """A part of the response."""
 
     part: Part
     data: bytes = b""
@@ -163,6 +181,8 @@ class ResponseArrived:
     """Of the headers."""
     served: str | None = None
     """`ip:port` that answers, with the headers, where the proxy tells."""
+    content: Content = Content.OTHER
+    """Of the headers: as what the body can be read."""
 
 
 @record
@@ -257,7 +277,7 @@ class Respond:
 
 @record
 class Abandon:
-    """The flight was opened, and the proxy will never know of it."""
+    """The flight was opened, and the proxy will never know of it. As a command: it has no way to the provider that was chosen."""
 
     flight: str
 
@@ -275,6 +295,10 @@ class Report:
     """The last word on this flight."""
     cut: bool = False
     """The proxy ended the RPC before the response ended."""
+    usage: Usage | None = None
+    """With the last word: what the response says of itself."""
+    broken: bool = False
+    """With the last word: it said under status 200 that it failed."""
 
 
 @record
@@ -329,6 +353,10 @@ LEGAL: Mapping[str, frozenset[type[Event]]] = {
 
 WHOLE_BODY = frozenset({Mode.BUFFERED, Mode.UNTOLD, Mode.FULL_DUPLEX, Mode.STREAMED_EARLY})
 """Modes under which all of the body is here before the request must move on."""
+LEADING_OUT = frozenset({Mode.BUFFERED, Mode.UNTOLD})
+"""Modes of our own bootstrap, which has a way to providers. A gateway that routes by itself would send the request, as it was changed for a
+provider, to any replica, or where the client says."""
+NO_WAY_OUT = errors.no_way_out()
 PIECEMEAL = frozenset({Mode.STREAMED, Mode.STREAMED_EARLY, Mode.BUFFERED_PARTIAL, Mode.FULL_DUPLEX})
 """Modes under which body messages come after, or beside, an early header answer."""
 
@@ -344,6 +372,8 @@ class Exchange:
         "_followed",
         "_head",
         "_mode",
+        "_pieces",
+        "_reader",
         "_received",
         "_responded",
         "_rules",
@@ -351,6 +381,8 @@ class Exchange:
         "_size",
         "_state",
         "_status",
+        "_stripper",
+        "_strips",
         "_then",
         "_trailers",
     )
@@ -364,7 +396,8 @@ class Exchange:
         self._head = Head()
         self._mode = Mode.UNTOLD
         self._duplex_response = False
-        self._chunks: list[Data] = []  # one for each body message
+        self._chunks: list[Data | bytearray] = []
+        self._pieces = 0  # messages that brought them
         self._size = 0
         self._trailers = False
         self._asked = False  # for time
@@ -374,6 +407,9 @@ class Exchange:
         self._status: int | None = None
         self._served: str | None = None
         self._received = 0  # bytes of the response body
+        self._strips = False  # the usage event was asked for by us
+        self._reader: UsageReader | None = None
+        self._stripper: UsageStripper | None = None
 
     def __repr__(self) -> str:
         return f"<Exchange {self._state.__name__} {self._mode.value} {self._size} B, undelivered {self._flight}>"
@@ -449,7 +485,8 @@ class Exchange:
     def deciding(self, event: Event) -> Commands:
         """The decision is out; the stream stands still."""
         if isinstance(event, Delayed):
-            asked, self._asked = self._asked, True
+            # Envoy 1.40 measures no time while bodies are streamed both ways, and logs a warning for each time that is asked for.
+            asked, self._asked = self._asked or self._mode is Mode.FULL_DUPLEX, True
             return () if asked else (AskForTime(event.up_to_s),)
         if not isinstance(event, Decided):
             self._state = Exchange.orphaned
@@ -460,7 +497,9 @@ class Exchange:
             return (Respond(answer.error if isinstance(answer, Refuse) else answer.response), CLOSE)
         if isinstance(event.answer, Pass):
             return self._then(self, None)
-        self._flight = event.answer.flight
+        if not event.answer.destination and self._mode not in LEADING_OUT:
+            return (Abandon(event.answer.flight), *self._refuse(NO_WAY_OUT))
+        self._flight, self._strips = event.answer.flight, event.answer.strip_usage
         return self._then(self, event.answer)
 
     def orphaned(self, event: Event) -> Commands:
@@ -495,9 +534,9 @@ class Exchange:
         if isinstance(event, ResponseArrived):
             self._duplex_response = self._duplex_response or event.duplex
             report = self._report(event) if self._followed is not None else ()
-            if self._duplex_response and event.part is Part.RESPONSE_BODY:
-                return (*report, *self._give_response(event))
-            return (*report, Continue(event.part))
+            if not self._duplex_response or event.part is Part.RESPONSE_HEADERS:
+                return (*report, Continue(event.part))
+            return (*report, *self._give_response(event))
         flight, self._flight = self._flight, None
         if isinstance(event, Delivered):
             self._followed = flight if self._duplex_response else None
@@ -511,7 +550,9 @@ class Exchange:
         """What this part says of the flight."""
         assert self._followed is not None
         if event.part is Part.RESPONSE_HEADERS:
-            self._status, self._served = event.status, event.served
+            self._begin_reading(event)
+        elif self._reader is not None:
+            self._reader.take(event.data)
         self._received += len(event.data)
         if event.end_of_stream or event.part is Part.RESPONSE_TRAILERS:
             return (self._last_report(cut=False),)
@@ -519,20 +560,42 @@ class Exchange:
             return ()
         return (Report(self._followed, self._status, self._served, self._received, over=False),)
 
+    def _begin_reading(self, headers: ResponseArrived) -> None:
+        """Once, unless informational headers come before (1xx)."""
+        self._status, self._served = headers.status, headers.served
+        is_stream = headers.content is Content.STREAM
+        self._reader = None if headers.content is Content.OTHER else UsageReader(is_stream, headers.status == 200)
+        self._stripper = UsageStripper() if is_stream and self._strips else None
+
     def _last_report(self, cut: bool) -> Report:
         assert self._followed is not None
         flight, self._followed = self._followed, None
-        return Report(flight, self._status, self._served, self._received, over=True, cut=cut)
+        usage, broken = (None, False) if self._reader is None else (self._reader.usage, self._reader.broken)
+        return Report(
+            flight, self._status, self._served, self._received, over=True, cut=cut, usage=usage, broken=broken
+        )
 
     def _give_response(self, event: ResponseArrived) -> Commands:
-        """Back as it came. A last piece that is repeated (see `over`) is not: two ends of one body would be an error."""
-        repeated, self._responded = self._responded, self._responded or event.end_of_stream
-        return () if repeated else _echo(event.data, event.end_of_stream, event.part)
+        """Back as it came, but for a usage event that only we wanted."""
+        if event.part is Part.RESPONSE_TRAILERS:
+            held = self._stripper.end() if self._stripper is not None else b""
+            return (*_echo(held, False, Part.RESPONSE_BODY), Continue(event.part))
+        if self._responded:  # a last piece that is repeated (see `over`): two ends of one body would be an error
+            return ()
+        self._responded, data = event.end_of_stream, event.data
+        if self._stripper is not None:
+            data = self._stripper.take(data) + (self._stripper.end() if event.end_of_stream else b"")
+        return _echo(data, event.end_of_stream, event.part)
 
     def _keep(self, data: Data) -> bool:
         """Whether the body with this piece is still of a size that we take."""
         self._size += len(data)
-        self._chunks.append(data)
+        self._pieces += 1
+        small = len(data) < SMALL_BYTES
+        if small and self._chunks and isinstance(last := self._chunks[-1], bytearray):
+            last += data
+        else:
+            self._chunks.append(bytearray(data) if small else data)
         return self._size <= self._rules.max_body_bytes
 
     def _refuse(self, error: HttpError) -> Commands:
@@ -553,7 +616,8 @@ class Exchange:
         return (Decide(self._head, body, rewritable),)
 
     def _decide_on_all(self) -> Commands:
-        body = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
+        only = self._chunks[0] if len(self._chunks) == 1 else None
+        body = b"".join(self._chunks) if only is None or isinstance(only, bytearray) else only
         if self._mode is Mode.FULL_DUPLEX:
             self._chunks = [body]  # the pieces would be a second copy
         return self._decide(body, then=Exchange._give_back, rewritable=self._mode is Mode.FULL_DUPLEX)
@@ -589,12 +653,12 @@ class Exchange:
             new = steer.body if steer is not None else None
             body = _echo(self._chunks[0] if new is None else new, end=not self._trailers)
         else:
-            body = (Continue(Part.BODY),) * len(self._chunks)
+            body = (Continue(Part.BODY),) * self._pieces
         trailers = (Continue(Part.TRAILERS),) if self._trailers else ()
         return (headers, *body, *trailers, *self._finish())
 
 
-def _echo(body: Data, end: bool, part: Part = Part.BODY) -> Commands:
+def _echo(body: Data | bytearray, end: bool, part: Part = Part.BODY) -> Commands:
     """The body in pieces, with the end of stream on the last; none for an empty body that does not end the stream."""
     if not len(body):
         return (EchoBody(b"", True, part),) if end else ()

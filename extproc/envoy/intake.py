@@ -154,6 +154,13 @@ class Ready:
         """What to ask of a tokenizer, but for the adapter."""
         return Question(self.request.api, salt=self.rewriting.salt if self.rewriting is not None else None)
 
+    def tokenized(self, known: Tokenized | None) -> Request:
+        """The request with its prompt as the engine will have it, where that is known."""
+        if known is None:
+            return self.request
+        by_us = self.request.prompt_tokens is None
+        return replace(self.request, tokens=known.blocks, prompt_tokens=known.prompt_tokens, tokenized=by_us)
+
 
 @record
 class Hold:
@@ -171,11 +178,13 @@ class Intake:
         """`key` is the secret for the hashes of tenants and API keys; random per process when not given. `keys` are those known."""
         self._router = router
         self._requests = config.requests
-        self._limits = Limits(config.requests.max_json_depth, config.requests.max_prompt_blocks)
+        self._apart = frozenset(p.name for p in config.pools if p.disaggregation is not None)
+        self._limits = Limits(
+            config.requests.max_json_depth, config.requests.max_prompt_blocks, transfers=not self._apart
+        )
         # Of a provider always: it is paid by what its usage says.
         asked = {pool.name: pool.usage.ask for pool in config.pools}
         self._asks_usage = {**asked, **dict.fromkeys((provider.name for provider in config.providers), True)}
-        self._apart = frozenset(p.name for p in config.pools if p.disaggregation is not None)
         self._names_pool = config.names_cluster
         self._endpoints = config.envoy.endpoints
         # Where no other replica would be asked, the end of patience is an error for the client.
@@ -195,7 +204,8 @@ class Intake:
         """Go on with other models; nothing else is taken over."""
         self._has_catalog = bool(config.models)
         self._lists = self._has_catalog or len(config.pools) > 1
-        self._limits = replace(self._limits, named=not self._has_catalog)
+        words = any(model.estimate == "words" for model in config.models)
+        self._limits = replace(self._limits, named=not self._has_catalog, words=words)
         self._canonical = {alias: model.name for model in config.models for alias in model.aliases}
 
     def hashed(self, tenant: str) -> str:
@@ -243,7 +253,8 @@ class Intake:
         request = self._with_head(parsed.request, head, len(data or b""), who)
         if data is None or not rewritable:
             return Ready(request)
-        usage, span = partial(requests.usage_change, parsed, data), partial(requests.model_span, parsed, data)
+        usage = partial(requests.usage_change, parsed, data) if head.usage_is_read else _no_change
+        span = partial(requests.model_span, parsed, data)
         return Ready(request, Rewriting(data, request.model, usage, span, self._salt(who, parsed)))
 
     def task(self, head: Head, rewritable: bool = False) -> Task | Refuse:
@@ -271,23 +282,19 @@ class Intake:
         request = self._with_head(parsed.request, head, len(body), who)
         if not rewritable:
             return Ready(request)
-        usage, span, salt = (lambda: reading.usage), (lambda: reading.model), self._salt(who, parsed)
-        return Ready(request, Rewriting(body, request.model, usage, span, salt))
+        usage = (lambda: reading.usage) if head.usage_is_read else _no_change
+        return Ready(request, Rewriting(body, request.model, usage, lambda: reading.model, self._salt(who, parsed)))
 
     def proceed(self, ready: Ready, now: float, known: Tokenized | None = None) -> Answer | Hold:
         """The second half of `decide`. `known`: the prompt as the engine will have it."""
-        request = ready.request
-        if known is not None:
-            by_us = request.prompt_tokens is None
-            request = replace(request, tokens=known.blocks, prompt_tokens=known.prompt_tokens, tokenized=by_us)
-        return self._decide(request, ready.rewriting, now)
+        return self._decide(ready.tokenized(known), ready.rewriting, now)
 
     def places(self, ready: Ready) -> list[Place]:
         """Where the request may go."""
         return [Place(pool, lora) for pool, lora in self._router.reachable(ready.request.model)]
 
-    def asked(self, head: Head, body: bytes, tenant: str | None = None, tier: str | None = None) -> Request | HttpError:
-        """What `decide` would ask the router, or the refusal. Counts nothing; `tenant` is taken to be who asks, whatever the head says."""
+    def asked(self, head: Head, body: bytes, tenant: str | None = None, tier: str | None = None) -> Ready | HttpError:
+        """What `read` gives, or the refusal. Counts nothing; `tenant` is taken to be who asks, whatever the head says."""
         if self.identity is None or tenant is None:
             who = self._who(head, again=True)
         else:
@@ -297,7 +304,8 @@ class Intake:
         parsed = requests.read(head.method, head.path, body, None, self._limits_of(who))
         if not isinstance(parsed, Parsed):
             return errors.of_bad_request(parsed)
-        return self._with_head(parsed.request, head, len(body), who)
+        request = self._with_head(parsed.request, head, len(body), who)
+        return Ready(request, Rewriting(body, request.model, _no_change, _no_change, self._salt(who, parsed)))
 
     def _decide(self, request: Request, rewriting: Rewriting | None, now: float) -> Answer | Hold:
         """`rewriting` is None where the body cannot be changed any more."""
@@ -437,6 +445,10 @@ class Intake:
         if head.subset is not None:
             changes["subset"] = head.subset
         return replace(request, **changes) if changes else request  # type: ignore[arg-type]
+
+
+def _no_change() -> None:
+    """To a body whose usage nobody would read: the client would get an event that it did not ask for."""
 
 
 def _priority(text: str | None) -> int | None:

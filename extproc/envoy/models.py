@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from extproc.config import Config, ModelConfig, ProviderConfig, TargetConfig, WhenConfig
-from extproc.core.catalog.settings import CatalogSettings, Model, ProviderSettings, Sticky, Target, When
+from extproc.core.catalog.settings import CatalogSettings, Estimate, Model, ProviderSettings, Sticky, Target, When
 
 
 def catalog_settings(config: Config, hashed: Callable[[str], str]) -> CatalogSettings:
@@ -19,14 +19,14 @@ def catalog_settings(config: Config, hashed: Callable[[str], str]) -> CatalogSet
 
 def _model(model: ModelConfig, named: dict[str, str | None], hashed: Callable[[str], str]) -> Model:
     def target(one: TargetConfig) -> Target:
-        engine = one.model or named.get(one.provider or "") or model.name
-        return Target(model.name, one.to, engine, one.weight, one.label, _when(one.when, hashed))
+        return Target(model.name, one.to, one.engine(model.name, named), one.weight, one.label, _when(one.when, hashed))
 
     return Model(
         name=model.name,
         targets=tuple(map(target, model.targets)),
         aliases=model.aliases,
         fallback=tuple(map(target, model.fallback)),
+        estimate=Estimate(model.estimate),
         sticky=Sticky(model.sticky),
     )
 
@@ -53,4 +53,6 @@ def _provider(provider: ProviderConfig) -> ProviderSettings:
         output_dollars=provider.price.output_per_million,
         daily_dollars=provider.budget.dollars,
         daily_tokens=provider.budget.tokens,
+        tenant_dollars=provider.budget.tenant_dollars,
+        tenant_tokens=provider.budget.tenant_tokens,
     )

@@ -51,8 +51,18 @@ PATIENCE_HEADER = "x-envoy-upstream-rq-per-try-timeout-ms"
 """Request header, milliseconds: Envoy's router gives a replica so long to begin its response, then asks the next; it takes the header away."""
 RANK_HEADER = "x-data-parallel-rank"
 """Request header by which vLLM and SGLang are told which of their data parallel ranks is to take it."""
-PREFILLER_HEADER = "x-prefiller-host-port"
-"""Request header, `ip:port`: llm-d's side-car beside the replica has the prompt computed there first, and brings its KV cache."""
+PREFILLER_HEADERS = ("x-prefiller-host-port", "x-llm-d-prefiller-host-port")
+"""Request headers, `ip:port`: llm-d's side-car beside the replica has the prompt computed there first, and brings its KV cache. It
+knows the second name since 2026, and will read no other one day."""
+SIDECAR_HEADERS = (
+    *PREFILLER_HEADERS,
+    "x-encoder-hosts-ports",
+    "x-llm-d-encoder-hosts-ports",
+    "x-kv-cache-source-host-port",
+    "x-llm-d-kv-cache-source-host-port",
+    "x-data-parallel-host-port",
+)
+"""All by which that side-car is told of an address to send something to; whatever a client writes there is dropped."""
 REFUSED_DETAILS = "extproc"
 """Envoy's response code details of what extproc answered itself."""
 
@@ -62,6 +72,7 @@ PRIVATE_HEADERS = (
     "x-session-id",
     "x-request-priority",
     "x-slo-ttft-ms",
+    "x-quality",
     "x-gateway-inference-objective",
     "x-gateway-inference-fairness-id",
 )

@@ -24,7 +24,7 @@ class Rewriting:
     usage: Callable[[], Change | None]
     """How to ask for usage; None where there is nothing to change."""
     span: Callable[[], Span | None]
-    """Where the model's name stands."""
+    """Where the model's name stands; None where that was not looked for, or is not found."""
     salt: str | None
     """The tenant's, where engines are to keep their caches apart."""
 
@@ -37,7 +37,8 @@ class Rewriting:
         """Have the body name the model so. Raises NotFoundInBody."""
         if model is None or model == self.model:
             return []
-        span = self.span()
+        # Who read the body was not asked for the place where there were no models yet: a reload came in between.
+        span = self.span() or bodies.model_span(bytes(self.body))
         if span is None:
             raise NotFoundInBody(f"no key model in a body of {len(self.body)} bytes")
         return [bodies.rename(span, model)]

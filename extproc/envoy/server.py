@@ -61,6 +61,9 @@ CUT_S = 0.5
 COMPLAINT_INTERVAL_S = 10.0
 """Between log lines about one kind of failure, which may strike every request."""
 
+REMIND_S = 0.1
+"""Between looks at which responses are to be told of again: so those of a second do not come in one heap."""
+
 MAX_STREAMS = 10_000
 """Most ext_proc streams open at one time; beyond, requests are refused with 503. Each takes 24 KB, and a proxy opens further connections
 where one has no room for its streams, so that a limit per connection would bound nothing."""
@@ -85,7 +88,8 @@ class StreamCounts:
     overloaded: int = 0
     """Of the refused, those for which this process had no room: too many streams, too many bytes of bodies, or nobody free to read a large one."""
     cut: int = 0
-    """Ended by us, undecided, because this process had to end; the request passed unrouted, or was refused where it must not."""
+    """Ended by us because this process had to end: undecided, so that the request passed unrouted, or was refused where it must not; or while a
+    gateway's response went through us, which was broken off."""
     abandoned: int = 0
     """Decided, but the client had left before the answer was sent."""
     unexpected: int = 0
@@ -152,6 +156,7 @@ class Server:
         self.buffers = Buffers(config.requests.max_buffered_bytes)
         self.holding = Holding(router, clock)
         self.responses = Responses(router, clock)
+        self._reminder: asyncio.TimerHandle | None = None
         self._logs_open: set[asyncio.Task[Any]] = set()
         self._server: Any = None
         self._stopping = False
@@ -192,6 +197,8 @@ class Server:
             task.cancel()  # not by gRPC, which would end them with an error, nor by a second stop, which crashes it
         await stopping
         self.holding.close()
+        if self._reminder is not None:
+            self._reminder.cancel()
 
     def hurry(self) -> None:
         """End the grace of `stop` now."""
@@ -283,6 +290,12 @@ class Server:
             if isinstance(command, Report):
                 self._report(command)
                 continue
+            if isinstance(command, Abandon):
+                self._complaints.about(
+                    "a provider was chosen, and only the bootstrap of `extproc envoy` leads to one", "refused with 500"
+                )
+                self._intake.abandon(command.flight, self._clock())
+                continue
             message = codec.answer(command)
             if len(message) > codec.LARGE_BYTES:  # with a new body: it took as long to make as it will take to send
                 await asyncio.sleep(0)
@@ -290,7 +303,7 @@ class Server:
                 self.streams.steered += 1
                 exchange.on(DELIVERED)
                 if exchange.follows:
-                    self.responses.begin(command.steer.flight)
+                    self._follow(command.steer.flight)
             elif isinstance(command, Respond):
                 refused = command.error.status >= 400
                 self.streams.refused += refused
@@ -401,10 +414,29 @@ class Server:
             self._intake.leave(hold, now)
         self.holding.poke()
 
+    def _follow(self, flight: str) -> None:
+        self.responses.begin(flight)
+        if self._reminder is None:
+            self._reminder = asyncio.get_running_loop().call_later(REMIND_S, self._remind)
+
+    def _remind(self) -> None:
+        self._reminder = None
+        self._tell(self.responses.remind)
+        if len(self.responses):
+            self._reminder = asyncio.get_running_loop().call_later(REMIND_S, self._remind)
+
     def _report(self, report: Report) -> None:
-        self.responses.take(report)
+        self._tell(lambda: self.responses.take(report))
         if report.over:
             self.holding.poke()
+
+    def _tell(self, tell: Callable[[], None]) -> None:
+        """A mistake of ours in the books is no reason to break off a response."""
+        try:
+            tell()
+        except Exception as e:
+            self.streams.failed += 1
+            self._complaints.about("a report of a response failed; the response goes on", repr(e), trace=True)
 
     def _abandon(self, commands: Commands) -> None:
         for command in commands:

@@ -76,8 +76,9 @@ def _unknown_model(reject: Reject) -> str:
 
 
 def _no_access(reject: Reject) -> str:
-    """Whether it does not exist, or not for this client, is not told."""
-    missing = f"The model `{printable(reject.model or '')}` does not exist or you do not have access to it."
+    """Whether it does not exist, or not for this client, is not told. Without a model it is a path that is not read."""
+    what = "What you ask for" if reject.model is None else f"The model `{printable(reject.model)}`"
+    missing = f"{what} does not exist or you do not have access to it."
     names = ", ".join(printable(name) for name in reject.known_models[:MAX_ALIASES])
     return f"{missing} Available: {names}." if names else missing
 
@@ -170,6 +171,11 @@ def not_renamed() -> HttpError:
     """The response where a model goes by another name at its replica, and the proxy does not let the body be changed."""
     text = "The proxy in front does not allow the model's name to be changed in requests."
     return _error(500, text, "InternalServerError", "model")
+
+
+def no_way_out() -> HttpError:
+    """The response where a model is with a provider, and the proxy leads to none."""
+    return _error(500, "The proxy in front has no way to the provider of this model.", "InternalServerError", "model")
 
 
 def internal() -> HttpError:

@@ -38,6 +38,10 @@ _USAGE_APIS = (Api.CHAT, Api.COMPLETIONS)
 """Where a stream tells its usage only when asked to; /v1/responses always does."""
 
 
+TRANSFER_FIELDS = ("kv_transfer_params", "bootstrap_host", "bootstrap_port", "bootstrap_room")
+"""Of vLLM's connectors and of SGLang: from where an engine fetches a KV cache."""
+
+
 @record
 class Parsed:
     """A request that can be routed, and what must be known to change its body."""
@@ -63,6 +67,10 @@ class Limits:
     """Seeds the chain beside what the body says: the tenant, where prompts of two tenants must not match."""
     named: bool = True
     """Whether the model's name seeds the chain. Not where there is a catalog: what the engine calls the model is known later (`core/catalog`)."""
+    words: bool = False
+    """Whether words are counted."""
+    transfers: bool = True
+    """Whether the body may say where KV caches come from. Not where replicas bring each other theirs: a client could name any address."""
 
 
 DEFAULT = Limits()
@@ -125,6 +133,8 @@ def _api(method: str, path: str) -> Api:
 
 
 def _read(api: Api, data: dict[str, Any], limits: Limits) -> Parsed:
+    if not limits.transfers:
+        _forbid_transfers(data)
     asked = _PROMPTS[api](data)  # first: where prompt and model are missing, vLLM tells of the prompt
     model = _model(data)
     has_options = api in _USAGE_APIS and "stream_options" in data
@@ -138,6 +148,7 @@ def _read(api: Api, data: dict[str, Any], limits: Limits) -> Parsed:
         ),
         prompt_bytes=asked.size,
         prompt_tokens=asked.tokens,
+        prompt_words=prompt.words(asked) if limits.words else None,
         max_output_tokens=_LIMITS[api](data),
         samples=min(_samples(api, data) * asked.count, MAX_SAMPLES),
         stream=api is not Api.EMBEDDINGS and fields.boolean(data, "stream"),
@@ -169,6 +180,13 @@ def _salt(api: Api, data: dict[str, Any]) -> str | None:
         return None  # not checked there
     text = "Parameter 'cache_salt' must be a non-empty string if provided."
     raise Invalid(BadRequest(f"{text} (parameter=cache_salt)", param="cache_salt"))
+
+
+def _forbid_transfers(data: dict[str, Any]) -> None:
+    for field in TRANSFER_FIELDS:
+        if data.get(field) is not None:
+            text = f"{field} is set here, and not by clients; leave it out. (parameter={field})"
+            raise Invalid(BadRequest(text, param=field))
 
 
 def _session(data: dict[str, Any]) -> str | None:

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Final
 
+from extproc.core.prefix.exact import MAX_UNITS, UNIT
 from extproc.core.record import record
 from extproc.core.types import Api, TokenBlocks
+
+MAX_TEXT: Final = 4 * MAX_UNITS * UNIT
+"""Characters of a prompt: about as many tokens as are looked up."""
+
+
+TOKENIZED: Final = "tokenized"
+"""What became of a prompt that was; of others, one of `Untokenized`."""
 
 
 @record

@@ -6,7 +6,6 @@ A batch uses no more adapters than there are slots. One that nobody uses keeps i
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
 
 from extproc.core.types import AdaptersSampled
 
@@ -48,8 +47,7 @@ class AdapterSlots:
             del self._running[adapter]
         self._held.move_to_end(adapter)
 
-    def told(self, waiting: Iterable[str | None]) -> AdaptersSampled:
-        """What the metrics say; `waiting`: the adapters of the requests that wait."""
-        return AdaptersSampled(
-            self.slots, tuple(self._running), tuple(dict.fromkeys(name for name in waiting if name is not None))
-        )
+    def told(self) -> AdaptersSampled:
+        """What the metrics say. Of those that wait for a slot they say nothing: vLLM 0.32 puts into both of its lists whoever has begun."""
+        names = tuple(self._running)
+        return AdaptersSampled(self.slots, names, names)

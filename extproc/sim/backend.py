@@ -18,6 +18,7 @@ import orjson
 from aiohttp import web
 
 from extproc.config import ConfigError
+from extproc.openai.simulated_prompt import TOKEN_BYTES
 from extproc.sim import text, vllm_replies, vllm_requests
 from extproc.sim.engine import Engine, EngineRequest
 from extproc.sim.realtime import Flow, RealtimeEngine
@@ -172,7 +173,7 @@ class Backend:
         return [self._answer(job, i, prompt, sample) for i, (prompt, sample) in numbered]
 
     def _answer(self, job: Job, index: int, prompt: bytes, sample: int) -> Answer:
-        prompt_tokens = len(prompt) // text.TOKEN_BYTES
+        prompt_tokens = len(prompt) // TOKEN_BYTES
         # vLLM's answer to a limit that does not fit behind the prompt is not recorded; the context simply ends there.
         room = self._limits.max_model_len - prompt_tokens
         limit = room if job.max_tokens is None else min(job.max_tokens, room)
@@ -238,7 +239,7 @@ class Backend:
 
     def _engine_request(self, number: int, answer: Answer, hashes: Sequence[int], model: str) -> EngineRequest:
         adapter = model if model in self.spec.adapters else None
-        tokens = len(answer.text) // text.TOKEN_BYTES
+        tokens = len(answer.text) // TOKEN_BYTES
         return EngineRequest(number, answer.prompt_tokens, tokens, hashes, adapter=adapter)
 
     def tells(self, job: Job, sequences: Iterable[tuple[Answer, EngineRequest]]) -> list[Callable[[], None]]:

@@ -318,9 +318,7 @@ class Engine:
     @property
     def adapters_told(self) -> AdaptersSampled | None:
         """What it says of its LoRA adapters; None where they cost nothing."""
-        if self.adapters is None:
-            return None
-        return self.adapters.told(seq.request.adapter for seq in self._waiting.values())
+        return None if self.adapters is None else self.adapters.told()
 
     def check(self) -> None:
         """Raises AssertionError where the books do not balance; for tests and the end of a simulation."""
@@ -516,9 +514,10 @@ class Engine:
         self._running[seq.request.id] = seq
         if self.adapters is not None and seq.request.adapter is not None:
             step.loads += self.adapters.start(seq.request.adapter)
-        if seq.cached is None and seq.request.brought_tokens > seq.computed:
+        before = seq.cached is not None
+        self._note_hit(seq)  # what is brought is no hit of the prefix cache: vLLM counts it as external
+        if not before and seq.request.brought_tokens > seq.computed:
             self._bring(seq)
-        self._note_hit(seq)
         return self._chunk(seq, min(seq.target - seq.computed, budget), step)
 
     def _bring(self, seq: _Sequence) -> None:

@@ -11,7 +11,7 @@ import yaml
 from pydantic import AliasChoices, Field, ValidationError, model_validator
 
 from extproc.config import ConfigError, Section, mistakes, yaml_mistake
-from extproc.core.disaggregation import ROLE
+from extproc.core.roles import ROLE
 from extproc.core.settings import DisaggregationSettings
 from extproc.core.steptime import prior
 from extproc.core.types import Replica

@@ -1,7 +1,7 @@
 """KV events of a simulated replica, told as vLLM 0.32 does: PUB for what happens, ROUTER for those who missed it.
 
 The events are those of the simulated block pool, so what they tell is what the usage of the responses will report. Token ids are the
-4 bytes that make a token in the simulation, little endian (sim/text.py).
+4 bytes that make a token in the simulation, little endian (openai/simulated_prompt.py).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from extproc.openai.simulated_prompt import TOKEN_BYTES, token_ids
 from extproc.sim.blocks import Note, Stored
 from extproc.sim.engine import Emitted, Engine, EngineConfig, Step
-from extproc.sim.text import TOKEN_BYTES
 
 BUFFER_STEPS: Final = 10_000
 """Messages kept for replays, as in vLLM."""
@@ -201,11 +201,6 @@ class Chains:
             "group_idx": 0,
             "kv_cache_spec_kind": "full_attention",
         }
-
-
-def token_ids(tokens: bytes) -> list[int]:
-    """4 bytes each, little endian."""
-    return [int.from_bytes(tokens[i : i + TOKEN_BYTES], "little") for i in range(0, len(tokens), TOKEN_BYTES)]
 
 
 def _removed(block: int) -> Event:

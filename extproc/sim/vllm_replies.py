@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Final, Protocol
 
 import orjson
 
-from extproc.sim.text import TOKEN_BYTES
+from extproc.openai.simulated_prompt import TOKEN_BYTES
 
 FINGERPRINT: Final = "vllm-0.32.0-a47651d5"
 DONE: Final = b"data: [DONE]\n\n"

@@ -9,7 +9,8 @@ from typing import Any, Final
 
 import orjson
 
-from extproc.sim import text, vllm_errors
+from extproc.openai import simulated_prompt
+from extproc.sim import vllm_errors
 
 COMPLETIONS_DEFAULT: Final = 16
 """Output tokens of /v1/completions when the client sets no limit; the other APIs go to the end of the context."""
@@ -82,7 +83,7 @@ def _check_length(job: Job, max_model_len: int) -> None:
     if wanted is not None and wanted > max_model_len:
         reason = f"max_tokens={wanted} cannot be greater than max_model_len={max_model_len}. Please request fewer output tokens."
         raise vllm_errors.bad_value(reason, "max_tokens", wanted)
-    if any(len(prompt) // text.TOKEN_BYTES >= max_model_len for prompt in job.prompts):
+    if any(len(prompt) // simulated_prompt.TOKEN_BYTES >= max_model_len for prompt in job.prompts):
         raise vllm_errors.prompt_too_long(max_model_len)
 
 
@@ -94,7 +95,7 @@ def chat(body: Body) -> Job:
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise vllm_errors.wrong_type("messages")
     limit = _integer(body, "max_completion_tokens")
-    prompt = text.chat_prompt(messages, body.get("tools"))
+    prompt = simulated_prompt.chat_prompt(messages, body.get("tools"))
     return _job(body, (prompt,), _integer(body, "max_tokens") if limit is None else limit)
 
 
@@ -114,7 +115,7 @@ def responses(body: Body) -> Job:
         raise vllm_errors.wrong_type("input")
     if instructions := body.get("instructions"):
         messages = [{"role": "system", "content": instructions}, *messages]
-    return _job(body, (text.chat_prompt(messages, body.get("tools")),), _integer(body, "max_output_tokens"))
+    return _job(body, (simulated_prompt.chat_prompt(messages, body.get("tools")),), _integer(body, "max_output_tokens"))
 
 
 def embeddings(body: Body) -> Job:
@@ -150,9 +151,9 @@ def _prompts(body: Body, field: str) -> tuple[bytes, ...]:
 def _prompt(given: Any, field: str) -> bytes:
     tokens = b""
     if isinstance(given, str):
-        tokens = text.tokenized([given])
+        tokens = simulated_prompt.tokenized([given])
     elif isinstance(given, list) and _is_ids(given):
-        tokens = text.from_token_ids(given)
+        tokens = simulated_prompt.from_token_ids(given)
     if not tokens:
         raise vllm_errors.wrong_type(field)
     return tokens

@@ -15,6 +15,7 @@ from extproc.adapters.admin import Admin
 from extproc.adapters.metrics import RouterMetrics
 from extproc.adapters.recorder import Recorder
 from extproc.core.observers import Several
+from extproc.core.ranks import expanded
 from extproc.core.router import PoolSettings, Router
 from extproc.core.types import Api, DrainAsked, DrainEnded, Fact, Replica, Request, Reset
 
@@ -171,6 +172,18 @@ class TestDrain:
         _, told = await port.post("/replicas/undrain?replica=10.0.0.2:1&pool=q")
         assert [view["pool"] for view in told] == ["q"]
         assert port.told == [*(DrainAsked(p, "10.0.0.2:1") for p in "pq"), DrainEnded("q", "10.0.0.2:1")]
+
+    async def test_an_address_is_every_rank_behind_it_and_a_name_with_a_rank_is_one(self, port: Port) -> None:
+        port.router.learn(Reset("q", expanded((Replica("10.0.0.3:1"), Replica("10.0.0.3:11")), 2)), 1.0)
+        _, told = await port.post("/replicas/drain?replica=10.0.0.3:1&within_s=9")
+        assert [(v["replica"], v["state"]) for v in told] == [(f"10.0.0.3:1/{r}", "draining") for r in (0, 1)]
+        _, told = await port.post("/replicas/undrain?replica=10.0.0.3:1/1")
+        assert [v["replica"] for v in told] == ["10.0.0.3:1/1"]
+        assert port.told == [
+            *(DrainAsked("q", f"10.0.0.3:1/{r}", 9.0) for r in (0, 1)),
+            DrainEnded("q", "10.0.0.3:1/1"),
+        ]
+        assert (await port.post("/replicas/drain?replica=10.0.0.3:1/2"))[0] == 404
 
     @pytest.mark.parametrize(
         ("query", "status", "error"),

@@ -112,6 +112,13 @@ def test_what_needs_a_restart_is_named(sections: dict[str, Any], named: list[str
     assert effective.model_copy(update={"inspect": Config.model_fields["inspect"].default}) == config()
 
 
+def test_prefill_and_decode_apart_may_change_but_not_begin_or_end() -> None:
+    before, after = {**POOL, "disaggregation": {}}, {**POOL, "disaggregation": {"local_prefill": False}}
+    assert merged(config(before), config(after)) == (config(after), [])
+    for one, other in ((POOL, before), (before, POOL)):
+        assert merged(config(one), config(other)) == (config(one), ["pools[0].disaggregation"])
+
+
 def test_of_one_pool_the_part_that_can_be_taken_over_is() -> None:
     effective, waiting = merged(config(), config({**POOL, "engine": "none", "replicas": [B]}))
     assert waiting == ["pools[0].engine"]

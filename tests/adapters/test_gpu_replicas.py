@@ -50,6 +50,15 @@ class TestWhose:
     ) -> None:
         assert own(labels) == indices
 
+    def test_an_index_that_several_hosts_on_a_page_have_says_nothing(self) -> None:
+        elsewhere = (*GPUS, Gpu(0, "GPU-x", None, 0.1, 0.1))
+        assert gpus_of(Replica(A, {"gpu_index": "0"}), elsewhere, {}, alone=False) is None
+        assert gpus_of(Replica(A), elsewhere, {8000: (0,)}, alone=False) is None
+
+    def test_the_parts_of_a_gpu_are_the_gpu(self) -> None:
+        parts = [Gpu(0, "GPU-a", None, use, None) for use in (0.5, 0.25)]
+        assert gpus_of(Replica(A, {"gpu_index": "0"}), parts, {}, alone=False) == parts
+
     def test_else_the_port_and_else_that_it_is_alone_there(self) -> None:
         assert own({}, {8000: (0, 1)}, alone=True) == [0, 1]
         assert own({}, {8001: (0, 1)}) is None
@@ -65,9 +74,16 @@ class Bench:
     def __init__(self, *replicas: Replica, whole: bool = True, ports: dict[int, tuple[int, ...]] | None = None) -> None:
         self.replicas = list(replicas)
         self.gpus = FakeGpus({H: GPUS})
+        self.others: set[str] = set()
+        """Of other pools."""
         self.told: list[GpuSampled | GpuUsed] = []
         settings = Gpus(nvml=True, interval_s=0.01, ports=ports or {})
-        self.watch = GpuWatch("p", settings, lambda: self.replicas, self.told.append, whole=whole, gpus=self.gpus)
+        self.watch = GpuWatch(
+            "p", settings, lambda: self.replicas, self.everywhere, self.told.append, whole=whole, gpus=self.gpus
+        )
+
+    def everywhere(self) -> set[str]:
+        return {replica.address for replica in self.replicas} | self.others
 
 
 class TestWatch:
@@ -98,6 +114,15 @@ class TestWatch:
         await b.watch.look()
         assert b.told[-2] == GpuSampled("p", A, 0.75, 0.5)
 
+    async def test_gpus_that_do_not_tell_their_use_are_said_so_once(self, caplog: pytest.LogCaptureFixture) -> None:
+        """Those that are cut in parts, by NVML; an exporter that was given other counters."""
+        b = Bench(Replica(A, {"gpu_index": "0"}))
+        b.gpus.gpus_at[H] = [Gpu(0, "GPU-a", None, None, 0.5)]
+        for _ in range(3):
+            await b.watch.look()
+        assert b.told[-2:] == [GpuSampled("p", A, None, 0.5), GpuUsed("p", None)]
+        assert caplog.messages == [f"GPU use of pool p is unknown: {H}: none of its GPUs tells its use"]
+
     async def test_a_replica_of_which_nothing_says_which_are_its_own_is_named_once(
         self, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -109,6 +134,18 @@ class TestWatch:
         assert len(caplog.records) == 2
         assert f"replica {A} of pool p: nothing tells which of 3 GPUs are its own" in caplog.text
         b.replicas = [Replica(A)]  # alone now
+        await b.watch.look()
+        assert b.told[-2] == GpuSampled("p", A, 0.5, None)
+        b.replicas = [Replica(A), Replica(B)]  # B had left, and is said so again
+        await b.watch.look()
+        assert len(caplog.records) == 4
+
+    async def test_a_replica_of_another_pool_may_have_some_of_the_gpus_there(self) -> None:
+        b = Bench(Replica(A))
+        b.others = {B}
+        await b.watch.look()
+        assert b.told == [GpuSampled("p", A, None, None), GpuUsed("p", None)]
+        b.others = {A, C}  # itself, and one elsewhere
         await b.watch.look()
         assert b.told[-2] == GpuSampled("p", A, 0.5, None)
 

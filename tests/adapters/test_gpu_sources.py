@@ -137,6 +137,12 @@ class TestNvml:
     def test_gpus_and_what_one_of_them_does_not_tell(self) -> None:
         assert NvmlLibrary(binding).gpus() == [Gpu(0, "GPU-new", None, 0.4, 0.25), Gpu(1, "GPU-old", None, None, 0.25)]
 
+    def test_memory_of_no_size_is_unknown(self) -> None:
+        [one, _] = NvmlLibrary(
+            lambda: binding(nvmlDeviceGetMemoryInfo=lambda _: SimpleNamespace(used=0, total=0))
+        ).gpus()
+        assert (one.use, one.memory) == (0.4, None)
+
     def test_without_the_binding_the_remedy_is_the_extra(self) -> None:
         with pytest.raises(GpuError, match=r"pip install 'extproc\[nvml\]'"):
             NvmlLibrary(missing).gpus()

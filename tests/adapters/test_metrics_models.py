@@ -50,6 +50,12 @@ def test_an_alias_counts_as_its_model_by_target_version_and_end(bench: Bench) ->
     assert bench.value("model_ttft_seconds_sum", **labels) == pytest.approx(0.2)
 
 
+def test_only_streams_tell_when_their_first_token_came(bench: Bench) -> None:
+    flight = placed(bench.router, chat(text(400), stream=False), 1.0).flight
+    bench.router.finish(flight, ok(at("a"), ttft_s=0.2), 2.0)
+    assert bench.value("model_ttft_seconds_count", model="chat", target="a", version="a") in (None, 0)
+
+
 def test_what_is_not_in_the_catalog_is_not_counted_here(bench: Bench) -> None:
     bench.router.learn(catalog(), 1.0)
     bench.router.finish(placed(bench.router, chat(text(400)), 1.0).flight, ok(at("a"), ttft_s=0.2), 2.0)
@@ -71,8 +77,17 @@ def test_a_provider_shows_what_it_costs_and_why_it_was_asked(bench: Bench) -> No
     of = {"pool": "cloud", "replica": "outside"}
     assert bench.value("decisions_total", **of, policy="provider", reason="provider") == 1
     assert bench.value("outcomes_total", **of, outcome="ok") == 1
+    assert bench.value("provider_out", provider="cloud") == 0
     (record,) = bench.recorder.last(1)
     view = record.view()
     assert view["target"] == {"model": "chat", "to": "cloud", "version": "cloud"}
     assert (view["pool"], view["model"], view["endpoints"]) == ("cloud", "engine-cloud", [])
     assert view["outcome"]["served"] == "1.2.3.4:443"
+
+
+def test_a_provider_that_is_passed_over_shows_it(bench: Bench) -> None:
+    bench.router.learn(Remove("a", at("a")), 0.5)
+    for _ in range(3):
+        route = placed(bench.router, chat(text(400)), 4.0)
+        bench.router.finish(route.flight, Outcome(End.UNREACHABLE), 4.0)
+    assert bench.value("provider_out", provider="cloud") == 1

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from itertools import pairwise
 from random import Random
 
@@ -81,6 +82,10 @@ class Bench:
         await until(lambda: self.scrapes(address) >= goal, every_s=0.002)
 
 
+def told_last(b: Bench, fact: Fact) -> bool:
+    return b.facts[-1] == fact
+
+
 @asynccontextmanager
 async def bench(scrape: Scrape, engine: str = "vllm") -> AsyncIterator[Bench]:
     made = Bench(scrape, engine)
@@ -123,9 +128,10 @@ class TestFacts:
             assert b.facts[0] == NotSampled("p", A, why)
             assert repr(b.scraper) == f"<Scraper 1 {why}>"
 
-    async def test_a_page_without_wanted_lines_is_unreadable(self) -> None:
+    @pytest.mark.parametrize("page", [b"<html>", b"vllm:num_requests_running NaN\n"])
+    async def test_a_page_that_says_nothing_of_use_is_unreadable(self, page: bytes) -> None:
         async with bench(pace()) as b:
-            b.serve(A, b"<html>")
+            b.serve(A, page)
             b.scraper.follow(joined(A))
             await until(lambda: b.facts)
             assert b.facts[0] == NotSampled("p", A, ScrapeFailure.UNREADABLE)
@@ -249,6 +255,16 @@ class TestModels:
             await until(lambda: b.served() == 2)
             assert [f.models for f in b.facts if isinstance(f, Serves)] == [("tiny", "adapter-a"), ("other",)]
 
+    async def test_they_are_read_soon_where_they_may_have_changed(self) -> None:
+        async with bench(pace(idle_interval_s=60.0)) as b:
+            b.serve(A, WORKING)
+            b.scraper.follow(joined(A))
+            await until(lambda: b.served() == 1)
+            b.serve(A, WORKING, models=b'{"data":[{"id":"tiny"}]}')
+            b.scraper.list_soon(A)
+            await until(lambda: b.served() == 2)
+            assert [f.models for f in b.facts if isinstance(f, Serves)] == [("tiny", "adapter-a"), ("tiny",)]
+
     @pytest.mark.parametrize("answer", [b"<html>", ScrapeFailure.STATUS])
     async def test_no_list_is_quiet_and_tried_again_at_the_idle_pace(self, answer: bytes | ScrapeFailure) -> None:
         async with bench(pace(interval_s=0.005, idle_interval_s=0.05)) as b:
@@ -339,10 +355,18 @@ class TestEngines:
             assert (A, "/prometheus/metrics") not in b.pages.asked
 
     @pytest.mark.parametrize(
-        ("page", "why"), [(Page(404), ScrapeFailure.STATUS), (b"up 1\n", ScrapeFailure.UNREADABLE)], ids=repr
+        ("page", "why", "what"),
+        [
+            (Page(404), ScrapeFailure.STATUS, "status 404"),
+            (Page(401), ScrapeFailure.STATUS, "status 401"),
+            (Page(307), ScrapeFailure.STATUS, "status 307"),
+            (b"up 1\n", ScrapeFailure.UNREADABLE, "no figures that are known"),
+            (ScrapeFailure.TOO_LARGE, ScrapeFailure.TOO_LARGE, "too_large"),
+        ],
+        ids=repr,
     )
     async def test_one_that_tells_nothing_is_said_so_once_with_the_remedy(
-        self, page: Page | bytes, why: ScrapeFailure, caplog: pytest.LogCaptureFixture
+        self, page: Page | bytes | ScrapeFailure, why: ScrapeFailure, what: str, caplog: pytest.LogCaptureFixture
     ) -> None:
         """SGLang without --enable-metrics answers 404."""
         async with bench(pace(idle_interval_s=0.01), "auto") as b:
@@ -353,10 +377,13 @@ class TestEngines:
             assert not [f for f in b.facts if isinstance(f, Sampled | Identified)]
         warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
         assert len(warned) == 1
-        assert f"replica {A} of pool p tells nothing of its load on /metrics or /prometheus/metrics" in warned[0]
+        told = f"tells nothing of its load on /metrics ({what}) or /prometheus/metrics (status 404): only"
+        assert f"replica {A} of pool p {told}" in warned[0]
         assert "sglang needs --enable-metrics" in warned[0]
 
-    async def test_one_that_told_and_no_longer_does_is_no_longer_known(self) -> None:
+    async def test_one_that_told_and_no_longer_does_is_no_longer_known_and_it_is_said_each_time(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
         async with bench(pace(idle_interval_s=0.01), "auto") as b:
             b.serve(A, WORKING)
             b.pages.answers[A, "/prometheus/metrics"] = Page(404)
@@ -366,6 +393,9 @@ class TestEngines:
             await until(lambda: Identified("p", A, None) in b.facts)
             b.serve(A, WORKING)
             await until(lambda: b.facts.count(Identified("p", A, "vllm")) == 2)
+            b.pages.answers[A, "/metrics"] = Page(404)
+            await until(lambda: b.facts.count(Identified("p", A, None)) == 2)
+        assert caplog.text.count("tells nothing of its load") == 2
 
     async def test_an_engine_that_is_named_is_the_only_one_looked_for(self) -> None:
         async with bench(pace(), "sglang") as b:
@@ -390,16 +420,19 @@ class TestPlaces:
             assert b.facts[0] == Identified("p", A, "triton_trtllm")
             assert b.scrapes(A) == 0
 
-    async def test_that_this_port_refuses_does_not_condemn_the_replica(self) -> None:
+    async def test_that_this_port_refuses_is_said_and_does_not_condemn_the_replica(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
         async with bench(pace().model_copy(update={"port": 8002}), "triton") as b:
             b.serve(A, b"")
             b.scraper.follow(joined(A))
             await until(b.served)
             assert b.facts[0] == NotSampled("p", A, ScrapeFailure.UNREADABLE)
+        assert f"tells nothing of its load at {self.OWN} on /metrics (unreadable): only" in caplog.text
 
     async def test_on_several_nodes_that_make_up_one_replica(self) -> None:
         nodes = ("10.0.0.8:8080", "10.0.0.9:8080")
-        async with bench(pace(), "ray") as b:
+        async with bench(pace(idle_interval_s=0.01), "ray") as b:
             b.serve(A, b"")
             for node, page in zip(nodes, ("ray_node_a.txt", "ray_node_b.txt"), strict=True):
                 b.pages.answers[node, "/metrics"] = documented(page)
@@ -407,8 +440,13 @@ class TestPlaces:
             await until(b.served)
             sample = next(f.sample for f in b.facts if isinstance(f, Sampled))
             assert (sample.running, sample.waiting, sample.num_blocks) == (8, 1, 2000)
-            b.pages.answers[nodes[1], "/metrics"] = ScrapeFailure.REFUSED
-            await until(lambda: b.facts[-1] == NotSampled("p", A, ScrapeFailure.UNREADABLE))
+            for answer, why in (
+                (ScrapeFailure.REFUSED, ScrapeFailure.UNREADABLE),
+                (ScrapeFailure.LATE, ScrapeFailure.LATE),
+                (Page(503), ScrapeFailure.STATUS),
+            ):
+                b.pages.answers[nodes[1], "/metrics"] = answer
+                await until(partial(told_last, b, NotSampled("p", A, why)))
 
     async def test_a_label_that_names_no_address_is_said_so_and_left_out(
         self, caplog: pytest.LogCaptureFixture
@@ -461,7 +499,22 @@ class TestRanks:
             await b.scraped(A, 4)
             assert NotSampled("p", f"{A}/2", ScrapeFailure.UNREADABLE) in b.facts
         said = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-        assert said == [f"replica {A} of pool p tells of data parallel ranks [0, 1], but data_parallel is 3"]
+        assert len(said) == 1
+        assert (
+            f"replica {A} of pool p tells of data parallel ranks [0, 1], but data_parallel is 3: of the rest" in said[0]
+        )
+
+    async def test_more_than_were_said_to_be_there_are_left_alone_and_it_is_said(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        page = b"".join(b'vllm:num_requests_running{engine="%d"} 1\n' % rank for rank in range(3))
+        async with bench(pace(), "vllm") as b:
+            b.scraper.retarget("p", self.target(2))
+            b.serve(A, page)
+            b.scraper.follow(joined(A))
+            await until(b.served)
+            assert {f.address for f in b.facts if isinstance(f, Sampled)} == {f"{A}/0", f"{A}/1"}
+        assert "ranks [0, 1, 2], but data_parallel is 2: the rest gets nothing from here" in caplog.text
 
     async def test_a_page_that_does_not_tell_them_apart_tells_nothing_of_any(
         self, caplog: pytest.LogCaptureFixture

@@ -121,7 +121,7 @@ class TestGet:
             (trickle, ScrapeFailure.LATE),
             (text(b"", 500), ScrapeFailure.STATUS),
             (text(b"vllm:num_requests_running 1", 503), ScrapeFailure.STATUS),
-            (endless, ScrapeFailure.UNREADABLE),
+            (endless, ScrapeFailure.TOO_LARGE),
             (break_off, ScrapeFailure.UNREADABLE),
         ],
     )

@@ -4,6 +4,8 @@ The same traces on the same eight GPUs, some of which only compute prompts; the 
 side by its costs, whatever the rule: so only the rule differs. The threshold is llm-d's (`prefix-based-pd-decider`): split where so many
 prompt tokens are not cached on the replica that would answer; of several thresholds each place counts with its best.
 `together` are the same GPUs without roles, every request whole.
+
+With `--rates` instead: what a second of decode counts, from half to four times of what it should by `core/traffic.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Final
@@ -39,6 +41,10 @@ THRESHOLDS: Final = (256, 1024, 4096)
 SEEDS: Final = (1, 2)
 PREFILL: Final = (2, 4)
 """Of the GPUs, those that only compute prompts."""
+DIVIDED: Final = (1, 2, 4, 5)
+"""The same for `--rates`."""
+RATES: Final = (0.5, 1.0, 2.0, 4.0)
+"""Multiples of what a second of decode counts."""
 SLO_TTFT_S: Final = 1.0
 SLO_TPOT_S: Final = 0.025
 RECORDED: Final = "mooncake_conversation.jsonl"
@@ -101,6 +107,24 @@ class Threshold(Disaggregation):
         return ask.prompt_tokens - ask.cached_tokens(alone) >= self.tokens
 
 
+class Priced(Disaggregation):
+    """By cost, with decode at a multiple of its rate of exchange."""
+
+    times = 1.0
+
+    def plan(
+        self, ask: Ask, members: Sequence[Member], prefillers: Sequence[Member], within_s: float | None, now: float
+    ) -> None:
+        """The same with other prices."""
+        ask.prices = replace(ask.prices, decode=ask.prices.decode * self.times)
+        super().plan(ask, members, prefillers, within_s, now)
+
+
+def priced(times: float) -> type[Disaggregation]:
+    """The rule with that multiple."""
+    return type(f"Priced{times:g}", (Priced,), {"times": times})
+
+
 def threshold(tokens: int) -> type[Disaggregation]:
     """The rule with that threshold."""
     return type(f"Threshold{tokens}", (Threshold,), {"tokens": tokens})
@@ -128,6 +152,7 @@ class Figures:
     split: float
     """Share that was split."""
     refused: int
+    e2e_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +195,7 @@ def figures(result: Result) -> Figures:
         sum(kept) / len(result.served),
         fmean(s.reason == SPLIT for s in result.served),
         len(result.served) - len(came),
+        fmean(s.e2e_s for s in came),
     )
 
 
@@ -222,6 +248,24 @@ def _other(cells: Sequence[Cell], ours: Cell, rule: str) -> Cell:
     return min((c for c in there if c.rule.split()[0] == rule), key=lambda c: c.figures.ttft_s)
 
 
+def by_rate(traces: Path | None) -> Table:
+    """Against the rate as it is, geometric means over places and ways to divide the GPUs."""
+    found: dict[float, list[Figures]] = {times: [] for times in RATES}
+    for _, trace, seed in places(SOURCES, traces):
+        for prefill in DIVIDED:
+            for times, figured in found.items():
+                figured.append(figures(play(trace, prefill, priced(times), seed)))
+    shown = Table("times", "TTFT", "TPOT", "duration", "TTFT x duration", "goodput, points")
+    for times, figured in found.items():
+        pairs = list(zip(figured, found[1.0], strict=True))
+        ttft = geomean([a.ttft_s / b.ttft_s for a, b in pairs])
+        tpot = geomean([a.tpot_s / b.tpot_s for a, b in pairs])
+        e2e = geomean([a.e2e_s / b.e2e_s for a, b in pairs])
+        points = 100 * fmean(a.goodput - b.goodput for a, b in pairs)
+        shown.add_row(f"{times:g}", f"{ttft:.3f}", f"{tpot:.3f}", f"{e2e:.3f}", f"{ttft * e2e:.3f}", f"{points:+.1f}")
+    return shown
+
+
 def table(cells: Sequence[Cell]) -> Table:
     """Means over seeds."""
     shown = Table("trace", "prefill", "rule", "TTFT ms", "TPOT ms", "goodput", "split", "refused")
@@ -250,7 +294,11 @@ def main(arguments: Sequence[str]) -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--traces", type=Path, help="folder with recorded traces")
+    parser.add_argument("--rates", action="store_true", help="what a second of decode should count")
     given = parser.parse_args(arguments)
+    if given.rates:
+        Console(width=120).print(by_rate(given.traces))
+        return 0
     cells = measure(traces=given.traces)
     found = summary(cells)
     Console(width=120).print(table(cells))

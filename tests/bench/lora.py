@@ -1,26 +1,30 @@
-"""What it is worth to know which replica holds which LoRA adapter: .venv/bin/python -m tests.bench.lora
+"""What it is worth to know which replica holds which LoRA adapter: .venv/bin/python -m tests.bench.lora [scarce]
 
 The same requests on the same simulated replicas, by the same policy: once the router knows which models are adapters, and once it takes
 each for a model like any other. Twenty adapters of different popularity on four replicas with four slots each; a load holds a batch up.
+
+`scarce`: with fewer slots, or longer answers; requests wait once in the engine, and once at the router, for the first slot that is free.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from statistics import fmean
 from typing import Any, Final
 
+from extproc.core.admission.settings import QueueSettings
 from extproc.core.settings import LoraSettings
 from extproc.core.steptime import prior
 from extproc.core.types import Replica
 from extproc.sim.cluster import Cluster, Result, Scenario
 from extproc.sim.engine import EngineConfig
 from extproc.sim.node import NodeSpec
-from extproc.sim.sidecar import Wiring
+from extproc.sim.sidecar import NO_QUEUE, Wiring
 from extproc.sim.traces.base import Trace, Turn
 
 ADAPTERS: Final = 20
@@ -70,6 +74,55 @@ def fleet(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Scarce:
+    """Requests that are short of slots."""
+
+    slots: int
+    rate_per_s: float
+    base_share: float
+    """Of requests for the base model."""
+    routers: int = 1
+    longer: float = 3.0
+    """Answers, than in the other runs."""
+
+
+SCARCE: Final = tuple(
+    Scarce(*figures, routers) for figures in ((4, 16.0, 0.0), (2, 16.0, 0.5), (2, 8.0, 0.0)) for routers in (1, 2, 4)
+)
+
+
+def play_scarce(case: Scarce, seed: int, held: bool, requests: int = 1000) -> dict[str, float | None]:
+    """Mean TTFT of requests for adapters and for the base model, and the number of those refused. `held`: at the router."""
+    made, rng = trace(seed, requests, case.rate_per_s), Random(f"{seed}/base")
+    turns = tuple(
+        replace(
+            turn,
+            adapter=None if rng.random() < case.base_share else turn.adapter,
+            output_tokens=int(turn.output_tokens * case.longer),
+        )
+        for turn in made.turns
+    )
+    wiring = Wiring(queue=QueueSettings() if held else NO_QUEUE)
+    scenario = Scenario(replace(made, turns=turns), fleet(case.slots), wiring=wiring, seed=seed, routers=case.routers)
+    served = Cluster(scenario, "predicted").run().served
+
+    def mean_s(base: bool) -> float | None:
+        ttfts = [s.ttft_s for s in served if s.ttft_s is not None and (turns[s.turn].adapter is None) is base]
+        return fmean(ttfts) if ttfts else None
+
+    return {"adapters": mean_s(False), "base": mean_s(True), "refused": sum(s.ttft_s is None for s in served)}
+
+
+def scarce(case: Scarce, held: bool) -> dict[str, float | None]:
+    """The same on average."""
+    runs = [play_scarce(case, seed, held) for seed in range(1, SEEDS + 1)]
+    columns = {key: [run[key] for run in runs] for key in runs[0]}
+    return {
+        key: None if None in values else fmean(v for v in values if v is not None) for key, values in columns.items()
+    }
+
+
 def play(
     seed: int, aware: bool, *, requests: int = REQUESTS, rate_per_s: float = RATE_PER_S, policy: str = "predicted"
 ) -> Result:
@@ -107,4 +160,8 @@ def run(_traces: Path | None = None, *, requests: int = REQUESTS, seeds: int = S
 
 
 if __name__ == "__main__":
-    print(json.dumps(run(), indent=2))
+    if sys.argv[1:] == ["scarce"]:
+        for each in SCARCE:
+            print(each, {("held" if held else "engine"): scarce(each, held) for held in (False, True)}, flush=True)
+    else:
+        print(json.dumps(run(), indent=2))

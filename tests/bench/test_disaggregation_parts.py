@@ -25,7 +25,7 @@ def test_the_same_run_twice_gives_the_same_figures() -> None:
 
 def test_a_threshold_counts_with_its_best() -> None:
     def cell(rule: str, ttft_s: float) -> Cell:
-        return Cell("t", 2, 1, rule, Figures(ttft_s, 0.01, 1.0, 0.5, 0))
+        return Cell("t", 2, 1, rule, Figures(ttft_s, 0.01, 1.0, 0.5, 0, 2.0))
 
     cells = [cell("cost", 1.0), cell("always", 4.0), cell("never", 2.0), cell(TOGETHER, 0.5)]
     cells += [cell("threshold 256", 5.0), cell("threshold 1024", 1.25)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.bench.lora import ADAPTERS, loads, names, play, run, trace
+from tests.bench.lora import ADAPTERS, Scarce, loads, names, play, play_scarce, run, trace
 
 
 def test_it_is_worth_something() -> None:
@@ -10,6 +10,13 @@ def test_it_is_worth_something() -> None:
     assert found["ratio"] < 0.8
     assert found["loads"]["with"] < 0.7 * found["loads"]["without"]
     assert (found["adapters"], found["replicas"], found["slots"]) == (20, 4, 4)
+
+
+def test_so_is_holding_those_for_which_no_slot_is_free() -> None:
+    in_engine, held = (play_scarce(Scarce(2, 8.0, 0.0), 1, at_router, requests=500) for at_router in (False, True))
+    assert in_engine["adapters"] is not None
+    assert held["adapters"] is not None
+    assert held["adapters"] < 0.8 * in_engine["adapters"]
 
 
 def test_both_runs_meet_the_same_requests() -> None:

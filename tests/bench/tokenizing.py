@@ -1,4 +1,4 @@
-"""What tokenizing costs: microseconds of one request by the length of its prompt, the first time and with all but the last turn kept.
+"""What tokenizing costs: microseconds of CPU of one request by the length of its prompt, the first time and with all but the last turn kept.
 
     python -m tests.bench.tokenizing [--model FOLDER]
 
@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from random import Random
 from statistics import median
-from time import perf_counter
+from time import process_time
 from typing import Any, Final
 
 from rich.console import Console
@@ -41,7 +41,7 @@ QUESTION: Final = Question(Api.CHAT)
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Microseconds of one request."""
+    """Microseconds of CPU of one request."""
 
     tokens: int
     first: float
@@ -94,9 +94,9 @@ def _body(messages: list[dict[str, str]]) -> bytes:
 def _us(work: Callable[[], Any], repeats: int = REPEATS) -> float:
     took = []
     for _ in range(repeats):
-        began = perf_counter()
+        began = process_time()
         work()
-        took.append(perf_counter() - began)
+        took.append(process_time() - began)
     return median(took) * 1e6
 
 

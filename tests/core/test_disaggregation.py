@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from math import isclose
 from random import Random
 from typing import Any
@@ -12,8 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from extproc.core.admission.settings import QueueSettings
-from extproc.core.disaggregation import Transfer
+from extproc.core.deciding import decide
+from extproc.core.disaggregation import Transfer, decodes, learn, prefills
 from extproc.core.fleet import Member
+from extproc.core.health.states import State
+from extproc.core.pool import work_of
 from extproc.core.prefix.exact import token_chain
 from extproc.core.router import PoolSettings, Router
 from extproc.core.settings import DisaggregationSettings
@@ -24,6 +28,7 @@ from extproc.core.types import (
     Decision,
     End,
     Outcome,
+    PrefixSource,
     Probe,
     Probed,
     Progressed,
@@ -130,6 +135,27 @@ def test_only_what_is_missing_is_brought() -> None:
     assert having.split.transfer_s[D] < 0.1 * without.split.transfer_s[D]
 
 
+def test_who_answers_with_most_of_the_prompt_cached_needs_no_help() -> None:
+    made = apart("prefill", "decode")
+    busy(made, 1)
+    wanted = request(text(LONG) + text(2000, 7))
+    assert isinstance(split := made.explain(wanted, 0.1), Decision)
+    made.pools[POOL].index.insert(D, request(text(LONG)).blocks)
+    assert isinstance(alone := made.explain(wanted, 0.1), Decision)
+    assert (split.prefiller, alone.prefiller) == (P, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "answers", "computes"),
+    [("prefill-decode", 1, 1), ("encode-prefill-decode", 1, 1), ("encode-prefill", 0, 1), ("encode", 0, 0), ("", 0, 0)],
+)
+def test_the_roles_of_llm_d(name: str, answers: int, computes: int) -> None:
+    made = apart(name)
+    one = member(made, 0)
+    assert (decodes(one), prefills(one)) == (bool(answers), bool(computes))
+    assert isinstance(made.arrive(request(text(100)), 0.0), Route) is bool(answers)
+
+
 def test_only_completions_are_split_and_nothing_goes_to_who_prefills_alone() -> None:
     made = apart("prefill", "decode")
     busy(made, 1)
@@ -177,6 +203,56 @@ def test_who_would_compute_it_for_the_best_may_be_the_best() -> None:
     assert leg(made) == 0
 
 
+def test_who_keeps_a_request_has_no_alternate_that_needs_help() -> None:
+    made = apart("both", "decode", "both")
+    busy(made, 1)
+    busy(made, 2)
+    made.learn(Configured(POOL, configured(FORCED)), 0.1)
+    assert route(made, request(text(300)), 0.1).endpoints == (P, address(2))
+
+
+def queued() -> Router:
+    """A prompt costs least split, and would come after 1.3 s; computed whole, after 0.3 s."""
+    made = apart("prefill", "decode")
+    busy(made, 1)
+    for n in range(3):
+        split_one(made, now=0.1, seed=n)
+    made.learn(Configured(POOL, replace(configured(FAST), queue=QueueSettings(enabled=True, hold_above_s=5.0))), 0.1)
+    return made
+
+
+@pytest.mark.parametrize(("slo_ttft_s", "by"), [(None, P), (2.0, P), (1.0, None)])
+def test_of_two_ways_the_one_is_taken_that_is_in_time(slo_ttft_s: float | None, by: str | None) -> None:
+    sent = route(queued(), request(text(LONG, 9), slo_ttft_s=slo_ttft_s), 0.1)
+    assert sent.decision.prefiller == by
+
+
+def test_who_prefills_helps_where_a_prompt_would_be_late_even_if_that_costs_more() -> None:
+    made = apart("prefill", "decode")
+    disaggregation = made.pools[POOL].disaggregation
+    assert disaggregation is not None
+    for n in range(40):  # so many that another second there is dear
+        disaggregation.legs.arrived(0.3, 0.05 * n)
+    route(made, request(text(LONG, 10), subset=only(1)), 2.0)
+    cheap, late = (made.explain(request(text(LONG, 9), slo_ttft_s=slo_s), 2.0) for slo_s in (None, 0.6))
+    assert isinstance(cheap, Decision)
+    assert isinstance(late, Decision)
+    assert (cheap.prefiller, late.prefiller) == (None, P)
+
+
+def test_where_neither_way_is_in_time_it_is_refused() -> None:
+    verdict = queued().arrive(request(text(LONG, 9), slo_ttft_s=0.1), 0.1)
+    assert isinstance(verdict, Reject)
+    assert verdict.refusal is Refusal.SLO
+
+
+def test_what_is_left_of_the_time_after_a_wait_decides() -> None:
+    pool, wanted = queued().pools[POOL], request(text(LONG, 9), slo_ttft_s=5.0)
+    members = pool.candidates(wanted, 0.1)
+    assert pool.ask(wanted, members, 0.1).split is not None
+    assert pool.ask(wanted, members, 0.1, held_s=4.0).split is None
+
+
 def test_who_is_not_there_computes_nothing_unless_nobody_could_do_without() -> None:
     made = apart("prefill", "decode")
     busy(made, 1)
@@ -197,8 +273,8 @@ def test_without_settings_roles_mean_nothing() -> None:
 # --- what is booked ---------------------------------------------------------------------------------------------------
 
 
-def split_one(made: Router, size: int = LONG, now: float = 0.0) -> Route:
-    sent = route(made, request(text(size)), now)
+def split_one(made: Router, size: int = LONG, now: float = 0.0, seed: int = 0, **fields: Any) -> Route:
+    sent = route(made, request(text(size, seed), **fields), now)
     assert sent.decision.prefiller == P
     return sent
 
@@ -253,6 +329,32 @@ def test_no_byte_yet_means_that_the_prompt_is_not_done() -> None:
     made.check()
     assert member(made, 0).backlog_s(late) > 0.5
     assert member(made, 1).backlog_s(late) == 0.0
+
+
+def test_while_the_cache_is_on_its_way_the_prompt_is_done() -> None:
+    made = apart("prefill", "decode", given=DisaggregationSettings(latency_s=30.0, local_prefill=False))
+    sent = split_one(made)
+    made.learn(Progressed(sent.flight, None, None, 0), 10.0)
+    assert member(made, 0).backlog_s(10.0) == 0.0
+
+
+def test_who_waits_for_a_place_where_it_is_answered_is_expected_to() -> None:
+    made = apart("prefill", "decode", given=FORCED)
+    member(made, 1).latency_s = 10.0
+    sample(made, 1, 0.1, running=2, waiting=50)
+    assert split_one(made, now=0.1).decision.prediction.ttft_s > 100.0
+
+
+def test_equal_prefillers_share_prompts_and_each_its_own() -> None:
+    made = apart("prefill", "prefill", "decode", given=FORCED)
+    used: list[list[str | None]] = [[], []]
+    for again in used:
+        for n in range(16):
+            sent = route(made, request(text(2000, n)), 0.0)
+            again.append(sent.decision.prefiller)
+            made.finish(sent.flight, Outcome(End.CLIENT_GONE), 0.0)
+    assert used[0] == used[1]
+    assert set(used[0]) == {P, address(1)}
 
 
 def test_who_computes_it_may_leave_and_come_back() -> None:
@@ -320,6 +422,51 @@ def test_it_waits_here_while_those_who_compute_prompts_have_enough() -> None:
     turns = made.turns(1.0)
     assert isinstance(turns[0].verdict, Route)
     assert turns[0].verdict.decision.prefiller == P
+    made.check()
+
+
+def test_the_prompt_counts_where_it_is_computed_and_not_as_cached() -> None:
+    made = apart("prefill", "decode", given=FORCED)
+    pool, wanted = made.pools[POOL], request(text(LONG))
+    members = pool.candidates(wanted, 0.0)
+    assert work_of(pool.ask(wanted, members, 0.0), members, 0.0).prefill_s > 0.2
+    split_one(made)
+    (flight,) = member(made, 1).load
+    assert flight.uncached_tokens == flight.prompt_tokens
+    sent = split_one(made)
+    assert sent.decision.prediction.cached_tokens > 0.9 * sent.decision.prompt_tokens
+
+
+def test_who_told_of_the_cache_is_who_computes_the_prompt() -> None:
+    made = apart("prefill", "decode", given=FORCED)
+    pool, wanted = made.pools[POOL], request(text(LONG))
+    members = pool.candidates(wanted, 0.0)
+    ask = pool.ask(wanted, members, 0.0)
+    ask.exact = frozenset({P})
+    ranking = pool.settled(ask, pool.policy.rank(ask, members, 0.0, Random(1)))
+    assert decide("", pool, ask, ranking, 0.0).prefix_source is PrefixSource.EXACT
+
+
+def test_a_whole_response_that_takes_longer_than_expected_makes_nobody_look_busy() -> None:
+    made = apart("prefill", "decode", given=FORCED)
+    sent = split_one(made, stream=False, output=100)
+    made.learn(Progressed(sent.flight, None, None, 0), 300.0)
+    made.check()
+    assert member(made, 0).backlog_s(300.0) == 0.0
+
+
+def test_it_waits_here_while_nobody_listens_who_computes_prompts() -> None:
+    made = Router([configured(FORCED, queue=True)], Random(1))
+    made.learn(Reset(POOL, roles("prefill", "decode")), 0.0)
+    made.learn(Probed(POOL, P, Probe.LIVE, ok=False, refused=True), 0.0)
+    waits = [made.arrive(request(text(100, n)), 2.0 * n) for n in range(2)]
+    assert all(isinstance(verdict, Wait) for verdict in waits)
+    assert made.turns(5.0) == []
+    assert [turn.verdict for turn in made.turns(10.5)] == [Reject(Refusal.ABSENT, "m")]
+    made.learn(Probed(POOL, P, Probe.LIVE, ok=True), 11.0)
+    (turn,) = made.turns(11.0)
+    assert isinstance(turn.verdict, Route)
+    assert turn.verdict.decision.prefiller == P
     made.check()
 
 
@@ -391,6 +538,54 @@ def test_an_error_before_the_first_token_is_laid_to_who_computes_the_prompt() ->
         made.finish(sent.flight, Outcome(End.UPSTREAM_ERROR, status=502, served=D), 0.1 * n + 0.05)
     assert member(made, 0).state(1.0) != member(made, 1).state(1.0)
     assert member(made, 1).state(1.0).value == "ready"
+    made.learn(Probed(POOL, P, Probe.LIVE, ok=True), 60.0)
+    made.expire(60.0)
+    assert member(made, 0).state(60.0) is State.PROBATION
+    split_one(made, 100, 60.0)
+    (leg,) = member(made, 0).load.legs
+    assert member(made, 0).health.trial == leg.id
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("end", "served", "suspect"),
+    [(End.UPSTREAM_ERROR, address(2), 0), (End.UNREACHABLE, None, 0), (End.OK, address(2), 1)],
+)
+def test_where_the_proxy_asked_another_in_vain_neither_of_them_is_suspected(
+    end: End, served: str | None, suspect: int, stream: bool
+) -> None:
+    made = apart("prefill", "decode", "decode", given=FORCED)
+    made.learn(Reset(POOL, roles("prefill", "decode")), 0.0)
+    for n in range(10):
+        sent = split_one(made, 100, 0.1 * n, n, stream=stream)
+        made.finish(sent.flight, Outcome(end, served=served, attempts=2, duration_s=60.0), 0.1 * n + 60.0)
+    states = [member(made, i).state(61.0).value for i in range(2)]
+    assert states[suspect] != "ready"
+    assert states[1 - suspect] == "ready"
+
+
+@pytest.mark.parametrize(("after_s", "suspect"), [(0.05, 0), (20.0, 1)])
+def test_a_whole_response_fails_early_by_its_prompt_and_late_by_its_answer(after_s: float, suspect: int) -> None:
+    made = apart("prefill", "decode", given=FORCED)
+    sent = [split_one(made, 100, 0.0, n, stream=False) for n in range(10)]
+    for each in sent:
+        outcome = Outcome(End.UPSTREAM_ERROR, status=503, served=D, duration_s=after_s)
+        made.finish(each.flight, outcome, after_s + 1.0)
+    states = [member(made, i).state(after_s + 1.0).value for i in range(2)]
+    assert states[suspect] != "ready"
+    assert states[1 - suspect] == "ready"
+
+
+def test_who_prefills_alone_keeps_nobody_from_a_trial() -> None:
+    made = apart("prefill", "decode", "decode")
+    for i in range(2):
+        for n in range(10):
+            member(made, i).failed(0.1 * n)
+        made.learn(Probed(POOL, address(i), Probe.LIVE, ok=True), 60.0)
+    made.expire(60.0)
+    made.expire(65.0)
+    assert member(made, 0).state(65.0) is member(made, 1).state(65.0) is State.PROBATION
+    assert made.pools[POOL].fleet.trial_due == D
 
 
 def test_no_connection_is_laid_to_who_answers() -> None:
@@ -420,6 +615,21 @@ def test_of_a_split_request_that_stands_still_who_computes_its_prompt_is_suspect
     assert states[1 - hangs] == "ready"
 
 
+@pytest.mark.parametrize("alive", [0, 1])
+def test_of_whole_responses_that_stand_still_who_gives_no_sign_is_suspected(alive: int) -> None:
+    made = apart("prefill", "decode", given=FORCED)
+    sent = split_one(made, 4000, stream=False, output=10)
+    now = 0.0
+    while now < 60.0:
+        now += 1.0
+        made.learn(Progressed(sent.flight, None, None, 0), now)
+        member(made, alive).worked(now)
+        made.expire(now)
+    states = [member(made, i).state(now).value for i in range(2)]
+    assert states[alive] == "ready"
+    assert states[1 - alive] != "ready"
+
+
 # --- what is learned --------------------------------------------------------------------------------------------------
 
 
@@ -438,6 +648,22 @@ def test_what_is_no_transfer_teaches_nothing_of_it() -> None:
     assert transfer.factor == 1.0
 
 
+def test_who_waits_for_a_place_where_it_is_answered_teaches_nothing_of_its_way() -> None:
+    made = apart("prefill", "decode", given=FORCED)
+    split_one(made)
+    (flight,) = member(made, 1).load
+    disaggregation, prefill = made.pools[POOL].disaggregation, member(made, 0)
+    assert disaggregation is not None
+    before = repr(disaggregation), repr(prefill.speed)
+    flight.prediction = replace(flight.prediction, queue_s=flight.prediction.queue_s + 3.0)
+    learn(disaggregation, flight, prefill, 4.0)
+    assert (repr(disaggregation), repr(prefill.speed)) == before
+    flight.prediction = replace(flight.prediction, queue_s=flight.prediction.queue_s - 3.0)
+    learn(disaggregation, flight, prefill, 4.0)
+    assert repr(disaggregation) != before[0]
+    assert repr(prefill.speed) != before[1]
+
+
 def test_no_tokens_take_no_time() -> None:
     assert Transfer(DisaggregationSettings()).seconds(0) == 0.0
 
@@ -452,6 +678,19 @@ def test_what_is_learned_of_who_prefills_comes_from_split_requests() -> None:
         made.finish(sent.flight, ok(D, ttft_s=slow, duration_s=slow + 1), now + slow + 1)
         now += slow + 2
     assert member(made, 0).speed.prefill_factor > 1.3 * before
+    disaggregation = made.pools[POOL].disaggregation
+    assert disaggregation is not None
+    assert disaggregation.transfer.factor > 1.05
+
+
+def test_first_tokens_tell_what_a_second_of_prefill_for_others_is_worth() -> None:
+    made = apart("prefill", "decode", given=FORCED)
+    disaggregation = made.pools[POOL].disaggregation
+    assert disaggregation is not None
+    sent = split_one(made)
+    before = disaggregation.legs.prices(1, 0.0, 0.4).decode
+    made.learn(Progressed(sent.flight, 3.0, 3.0, 10), 3.0)
+    assert disaggregation.legs.prices(1, 0.0, 0.4).decode > before
 
 
 # --- whatever happens -------------------------------------------------------------------------------------------------
@@ -461,6 +700,7 @@ with_roles: st.SearchStrategy[Step] = st.one_of(
     steps,
     st.builds(Reset, st.just(POOL), st.lists(some, max_size=5, unique_by=lambda r: r.address).map(tuple)),
     st.builds(Add, st.just(POOL), some),
+    st.builds(Configured, st.just(POOL), st.sampled_from([None, FAST, FORCED]).map(configured)),
 )
 told = st.lists(st.tuples(with_roles, st.floats(0.0, 5.0)), max_size=50)
 choices = st.sampled_from([FAST, FORCED])

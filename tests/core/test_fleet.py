@@ -247,6 +247,17 @@ def test_a_process_that_was_gone_lost_its_cache_however_much_it_has_done_since()
     assert one.sampled(Sample(prompt_tokens=5001.0), 61.0) is False
 
 
+def test_strangers_end_with_the_process_that_had_them() -> None:
+    """An engine that does not tell what runs there would be shunned for ever for what another had."""
+    one = at(fleet(1), 0)
+    one.identified("vllm", 0.0)
+    one.sampled(Sample(running=6, waiting=2), 1.0)
+    assert one.strangers == 8
+    assert one.identified("triton", 2.0)
+    one.sampled(Sample(waiting=0), 2.0)
+    assert one.strangers == 0
+
+
 def test_strangers_are_what_the_engine_has_beyond_our_own() -> None:
     one = at(fleet(1), 0)
     one.load.open(flight("a"), 0.0)

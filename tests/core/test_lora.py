@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from random import Random
+from statistics import fmean
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from extproc.core.admission.admission import LOOK_AHEAD
 from extproc.core.admission.settings import QueueSettings
 from extproc.core.flights import Flight
 from extproc.core.lora import FORGOTTEN_S, MOST, Held, LoadTime, Lora, Wanted
@@ -19,14 +21,18 @@ from extproc.core.types import (
     Add,
     Configured,
     Decision,
+    End,
+    Outcome,
     Progressed,
     Refusal,
     Reject,
     Remove,
     Replica,
     Reset,
+    Route,
     Sampled,
     Serves,
+    Wait,
 )
 from extproc.core.types import Sample as Page
 from tests.core.support import (
@@ -90,6 +96,46 @@ class TestWhoCanServe:
         made.learn(Serves(POOL, address(0), (MODEL, A), {}), 0.0)
         assert len(route(made, request(model=A)).endpoints) == 3
 
+    def test_others_may_have_it_and_say_no_more_than_its_name(self) -> None:
+        """An engine of another kind in the pool, or the adapter merged into a model of its own."""
+        made = router(3)
+        lists(made, 0, A)
+        made.learn(Serves(POOL, address(1), (MODEL, A), {}), 0.0)
+        made.learn(Serves(POOL, address(2), (MODEL,), {}), 0.0)
+        assert set(route(made, request(model=A)).endpoints) == {address(0), address(1)}
+
+    def test_of_two_base_models_each_with_an_adapter_of_that_name(self) -> None:
+        made = router(2)
+        made.learn(Serves(POOL, address(0), ("one", A), {A: "one"}), 0.0)
+        made.learn(Serves(POOL, address(1), ("other", A), {A: "other"}), 0.0)
+        assert set(route(made, request(model=A)).endpoints) == {address(0), address(1)}
+        made.learn(Serves(POOL, address(1), ("other",), {}), 1.0)
+        assert route(made, request(model=A), 1.0).endpoints == (address(0),)
+
+    def test_requests_that_wait_for_those_that_have_it_let_others_pass(self) -> None:
+        made = router(2, queue=QueueSettings())
+        lists(made, 0, A)
+        lists(made, 1)
+        waits = [made.arrive(request(text(60_000, n), model=A), 0.0) for n in range(3)]
+        assert [type(each) for each in waits] == [Route, Wait, Wait]
+        held = made.arrive(request(text(90_000)), 0.1)
+        assert isinstance(held, Wait)
+        (turn,) = made.turns(0.1)
+        assert turn.ticket == held.ticket
+        assert isinstance(turn.verdict, Route)
+        assert turn.verdict.endpoints[0] == address(1)
+
+    def test_so_do_those_for_an_adapter_that_only_others_have(self) -> None:
+        made = router(2, queue=QueueSettings())
+        made.pools[POOL].lora.load = LoadTime(0.05)
+        lists(made, 0, A, C)
+        lists(made, 1, D)
+        route(made, request(text(90_000), model=A))
+        assert isinstance(made.arrive(request(text(40, 1), model=C), 0.0), Wait)
+        held = made.arrive(request(text(8000, 2), model=D), 0.0)
+        assert isinstance(held, Wait)
+        assert [turn.ticket for turn in made.turns(0.0)] == [held.ticket]
+
     def test_a_hint_that_leaves_none_of_them(self) -> None:
         made = router(2)
         lists(made, 0, A)
@@ -138,6 +184,33 @@ class TestWhoCanServe:
         lists(made, 1, A, now=2.0)
         assert len(route(made, request(model=A), 2.0).endpoints) == 2
 
+    @given(
+        st.lists(
+            st.tuples(
+                st.integers(0, 2),
+                st.lists(st.sampled_from("ABCD"), unique=True),
+                st.sets(st.sampled_from(["", *"ABCD"])),
+            )
+        )
+    )
+    def test_changes_one_by_one_come_to_what_all_lists_together_say(
+        self, changes: list[tuple[int, list[str], set[str]]]
+    ) -> None:
+        lora, now = Lora(LoraSettings()), dict[str, tuple[list[str], set[str]]]()
+        for i, models, parents in changes:
+            lora.lists(address(i), models, parents)
+            now[address(i)] = models, parents & {*models}
+            lists_ = {m: {a for a, (has, _) in now.items() if m in has} for has, _ in now.values() for m in has}
+            assert lora.models == lists_
+            assert lora.holders == {name: lists_[name] for _, called in now.values() for name in called}
+
+    def test_an_adapter_that_became_a_model_of_its_own(self) -> None:
+        lora = Lora(LoraSettings())
+        lora.lists(address(0), (A,), {A})
+        lora.lists(address(1), (A,), ())
+        lora.lists(address(0), (), (), configured=(A,))
+        assert lora.holders == {A: {address(1)}}
+
 
 class TestWhereItIsHeld:
     def test_requests_go_back_to_where_it_was_loaded(self) -> None:
@@ -180,6 +253,57 @@ class TestWhereItIsHeld:
         tells(made, 1, 2, A)
         assert preferred(made, request(text(400), model=A)) == address(1)
 
+    def test_one_that_has_not_told_its_slots_has_as_many_as_another(self) -> None:
+        """It tells with its first step: until then all adapters would go there, for it seemed to have room for any."""
+        made = served(slots=None, replicas=2)
+        tells(made, 0, 1, C)
+        tells(made, 0, 1)
+        first = chosen(made, request(model=A), 1.0)
+        second = chosen(made, request(model=B), 1.5)
+        assert (first, second) == (address(1), address(0))
+
+    def test_where_the_configuration_says_how_many_others_do_not_count(self) -> None:
+        made = served(slots=None, replicas=2)
+        made.learn(Configured(POOL, PoolSettings(POOL, scraped=False, lora=LoraSettings(slots=4))), 0.0)
+        tells(made, 0, 1)
+        for n, name in enumerate((A, B, C)):
+            finish(made, route(made, request(model=name, subset=only(1)), n).flight, n + 0.5)
+        assert preferred(made, request(model=A), 4.0) == address(1)
+
+    def test_what_a_replica_did_not_load_is_not_believed_to_be_there(self) -> None:
+        made = served(slots=2)
+        sent = route(made, request(model=A))
+        made.finish(sent.flight, Outcome(End.CLIENT_ERROR, status=400), 0.1)
+        again = made.explain(request(model=A, subset=frozenset({sent.endpoints[0]})), 0.2)
+        assert isinstance(again, Decision)
+        assert again.prediction.load_s
+
+    def test_a_client_that_is_at_fault_does_not_make_it_forgotten(self) -> None:
+        made = served(slots=2)
+        finish(made, route(made, request(model=A)).flight, 0.1)
+        sent = route(made, request(model=A), 0.2)
+        assert sent.decision.prediction.load_s == 0.0
+        made.finish(sent.flight, Outcome(End.CLIENT_ERROR, status=400), 0.3)
+        assert preferred(made, request(text(400, 9), model=A), 0.4) == sent.endpoints[0]
+
+    def test_one_that_says_that_it_has_none_such_keeps_no_requests(self) -> None:
+        """It was unloaded there: believed to be held, it would draw every request for it, each to its 404."""
+        made = served(slots=2)
+        first = route(made, request(text(400, 1), model=A))
+        finish(made, first.flight, 0.1)
+        at, other = first.endpoints[:2]
+        finish(made, route(made, request(text(400, 2), model=A, subset=frozenset({other})), 0.2).flight, 0.3)
+        sent = route(made, request(text(400, 1), model=A, subset=frozenset({at})), 0.4)
+        made.finish(sent.flight, Outcome(End.CLIENT_ERROR, status=404), 0.5)
+        assert preferred(made, request(text(400, 1), model=A), 0.6) == other
+
+    def test_others_that_use_it_there_go_on(self) -> None:
+        made = served(slots=2)
+        first, second = route(made, request(model=A)), route(made, request(model=A))
+        made.finish(second.flight, Outcome(End.CLIENT_ERROR, status=404), 0.1)
+        assert preferred(made, request(model=A), 0.2) == first.endpoints[0]
+        made.check()
+
     def test_a_free_slot_is_taken_before_one_that_is_held(self) -> None:
         made = served(slots=1)
         first = route(made, request(model=A))
@@ -212,6 +336,9 @@ class TestWhereItIsHeld:
         held = member(made, after).load.lora
         assert held is not None
         assert held.expected(Wanted(A, 1.0, None), True, None, 0.2)[1] == 0.0
+        left = member(made, before).load.lora
+        assert left is not None
+        assert left.names == ()
         finish(made, sent.flight, 1.0)
         made.check()
         assert before != after
@@ -240,7 +367,7 @@ class TestSlots:
         held = Held()
         held.sampled(AdaptersSampled(2), 0.0)
         for name, decode_s, waits_s in ((A, 3.0, 0.0), (B, 1.0, 0.0), (C, 1.0, 1.0)):
-            held.opened(name, lasting(name, decode_s, queue_s=waits_s), 0.0)
+            held.opened(Wanted(name, 0.5, None), lasting(name, decode_s, queue_s=waits_s), 0.0)
         assert held.expected(Wanted(C, 0.5, None), True, None, 0.0) == (1.0, 0.0, 0.0)
         wait_s, load_s, again_s = held.expected(Wanted(D, 0.5, None), True, None, 0.0)
         assert (load_s, again_s) == (0.5, 0.5)
@@ -257,22 +384,22 @@ class TestSlots:
     def test_ours_that_ended_since_the_sample_hold_no_slot(self) -> None:
         held = Held()
         ours = lasting(A, 9.0)
-        held.opened(A, ours, 0.0)
+        held.opened(Wanted(A, 0.5, None), ours, 0.0)
         held.sampled(AdaptersSampled(1, (A,)), 0.1)
         assert held.expected(Wanted(B, 0.5, None), True, 9.0, 0.1)[0] > 8.0
-        held.closed(A, ours, 0.2)
+        held.closed(Wanted(A, 0.5, None), ours, 0.2)
         assert held.expected(Wanted(B, 0.5, None), True, 9.0, 0.2)[0] == 0.0
 
     def test_what_is_in_use_is_not_pushed_out(self) -> None:
         held = Held()
         held.sampled(AdaptersSampled(2), 0.0)
-        held.opened(A, lasting(A, 50.0), 0.0)
+        held.opened(Wanted(A, 0.5, None), lasting(A, 50.0), 0.0)
         for n, name in enumerate((B, C, D), 1):
             ours = lasting(name, 1.0)
-            held.opened(name, ours, float(n))
-            held.closed(name, ours, n + 0.5)
+            held.opened(Wanted(name, 0.5, None), ours, float(n))
+            held.closed(Wanted(name, 0.5, None), ours, n + 0.5)
         assert held.expected(Wanted(C, 0.5, None), True, None, 4.0)[1] == 0.5  # A and D have the slots
-        held.closed(A, lasting(A, 50.0), 9.0)
+        held.closed(Wanted(A, 0.5, None), lasting(A, 50.0), 9.0)
         loads = [held.expected(Wanted(name, 0.5, None), True, None, 9.0)[1] for name in (A, B, C, D)]
         assert loads == [0.0, 0.5, 0.5, 0.0]
         assert held.expected(Wanted(C, 0.5, None), True, None, 9.0)[2] == pytest.approx(
@@ -311,19 +438,25 @@ class TestSlots:
     def test_unknown_slots_let_nobody_wait(self) -> None:
         held = Held()
         for name in (A, B, C):
-            held.opened(name, lasting(name, 5.0), 0.0)
+            held.opened(Wanted(name, 0.5, None), lasting(name, 5.0), 0.0)
         assert held.expected(Wanted(D, 0.5, None), True, 1.0, 0.0) == (0.0, 0.5, 0.0)
 
     def test_the_configured_ones_count_where_it_does_not_tell(self) -> None:
         held = Held()
         for n, name in enumerate((A, B)):
             ours = lasting(name, 5.0)
-            held.opened(name, ours, float(n))
-            held.closed(name, ours, float(n))
+            held.opened(Wanted(name, 0.5, None), ours, float(n))
+            held.closed(Wanted(name, 0.5, None), ours, float(n))
         assert held.expected(Wanted(A, 0.5, 1), False, None, 2.0)[1] == 0.5
         assert held.expected(Wanted(B, 0.5, 1), False, None, 2.0)[1] == 0.0
         held.sampled(AdaptersSampled(2), 2.0)
         assert held.expected(Wanted(A, 0.5, 1), True, None, 2.0)[1] == 0.0
+
+    def test_those_that_wait_count_where_the_configuration_says_how_many_slots_there_are(self) -> None:
+        held = Held()
+        for name in (A, B, C):
+            held.opened(Wanted(name, 0.5, 2), lasting(name, 5.0), 0.0)
+        assert held.waiting(True) == 1
 
     @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=60), st.none() | st.integers(1, 4))
     def test_the_books_fit_whatever_comes(self, steps: list[tuple[int, bool]], slots: int | None) -> None:
@@ -334,7 +467,7 @@ class TestSlots:
             name, now = f"adapter-{which}", float(n)
             if opens:
                 open_[n] = lasting(name, 1.0, str(n))
-                held.opened(name, open_[n], now)
+                held.opened(Wanted(name, 0.5, None), open_[n], now)
             elif open_:
                 ended = open_.pop(next(iter(open_)))
                 assert ended.adapter is not None
@@ -347,9 +480,84 @@ class TestSlots:
         held = Held()
         for n in range(3 * MOST):
             ours = lasting(f"adapter-{n}", 1.0, str(n))
-            held.opened(f"adapter-{n}", ours, float(n))
-            held.closed(f"adapter-{n}", ours, float(n))
+            held.opened(Wanted(f"adapter-{n}", 0.5, None), ours, float(n))
+            held.closed(Wanted(f"adapter-{n}", 0.5, None), ours, float(n))
         assert repr(held).count("adapter-") == MOST
+
+
+class TestHeldForASlot:
+    """Where every slot is in use by others, a request goes to the first that becomes free, wherever that is."""
+
+    def full(self, replicas: int = 2) -> tuple[Router, list[Route]]:
+        """One slot each, one adapter in use on each; a load is quick."""
+        made = router(replicas, queue=QueueSettings())
+        made.pools[POOL].lora.load = LoadTime(0.05)
+        for i in range(replicas):
+            lists(made, i, A, B, C, D)
+            tells(made, i, 1)
+        return made, [route(made, request(model=name, subset=only(i))) for i, name in enumerate((A, B)[:replicas])]
+
+    def test_it_goes_where_a_slot_becomes_free(self) -> None:
+        made, running = self.full()
+        held = made.arrive(request(model=C), 1.0)
+        assert isinstance(held, Wait)
+        assert made.turns(1.0) == []
+        finish(made, running[1].flight, 2.0)
+        (turn,) = made.turns(2.0)
+        assert isinstance(turn.verdict, Route)
+        assert (turn.ticket, turn.verdict.endpoints[0]) == (held.ticket, address(1))
+        made.check()
+
+    def test_others_pass_whom_it_does_not_concern(self) -> None:
+        made, _ = self.full()
+        waits = [made.arrive(request(text(400, n), model=C), 1.0) for n in range(LOOK_AHEAD + 6)]
+        passing = [made.arrive(request(text(20_000, n), model=name), 1.1) for n, name in enumerate((MODEL, A, B))]
+        tickets = {each.ticket for each in passing if isinstance(each, Wait)}
+        assert {turn.ticket for turn in made.turns(1.1)} == tickets
+        assert made.holding == len(waits)
+
+    def test_those_for_the_same_adapter_go_together(self) -> None:
+        made, running = self.full()
+        for n in range(3):
+            assert isinstance(made.arrive(request(text(40, n), model=C), 1.0), Wait)
+        finish(made, running[0].flight, 2.0)
+        assert [turn.verdict.endpoints[0] for turn in made.turns(2.0) if isinstance(turn.verdict, Route)] == [
+            address(0)
+        ] * 3
+
+    def test_only_as_many_adapters_go_as_slots_became_free(self) -> None:
+        made, running = self.full()
+        first, second = (made.arrive(request(model=name), 1.0) for name in (C, D))
+        assert isinstance(first, Wait)
+        finish(made, running[0].flight, 2.0)
+        assert [turn.ticket for turn in made.turns(2.0)] == [first.ticket]
+        assert isinstance(second, Wait)
+        assert made.holding == 1
+
+    def test_unknown_slots_hold_nobody(self) -> None:
+        made = router(1, queue=QueueSettings())
+        made.pools[POOL].lora.load = LoadTime(0.05)
+        lists(made, 0, A, B)
+        for name in (A, B):
+            assert isinstance(made.arrive(request(model=name), 0.0), Route)
+
+    def test_without_the_queue_it_waits_in_the_engine(self) -> None:
+        made = served(slots=1, replicas=1)
+        route(made, request(model=A))
+        assert isinstance(made.arrive(request(model=B), 0.1), Route)
+
+    def test_what_others_run_takes_slots_while_the_sample_counts(self) -> None:
+        held = Held()
+        held.sampled(AdaptersSampled(1, (A,)), 0.0)
+        assert not held.open_to(Wanted(B, 0.5, None), True)
+        assert held.open_to(Wanted(A, 0.5, None), True)
+        assert held.open_to(Wanted(B, 0.5, None), False)
+
+    def test_ours_and_others_for_the_same_adapter_share_a_slot(self) -> None:
+        held = Held()
+        held.sampled(AdaptersSampled(2, (A,)), 0.0)
+        held.opened(Wanted(A, 0.5, None), lasting(A, 5.0), 0.1)
+        assert held.open_to(Wanted(B, 0.5, None), True)
 
 
 class TestElsewhere:
@@ -403,6 +611,29 @@ class TestLearning:
         load = LoadTime(0.5)
         load.learn(600.0, 0.0)
         assert load.s <= 4.0
+
+    def test_many_that_stood_still_do_not_set_it_beyond_all_bounds(self) -> None:
+        load = LoadTime(0.5)
+        for _ in range(50):
+            load.learn(1e9, 0.0)
+        assert load.s == 60.0
+
+    def test_loads_that_seemed_to_take_nothing_are_believed_no_longer_once_they_do(self) -> None:
+        load = LoadTime(0.5)
+        for _ in range(200):
+            load.learn(-0.5, 0.05)
+        assert load.s == 0.01
+        for _ in range(20):
+            load.learn(1.0, 0.05)
+        assert load.s == pytest.approx(1.0, rel=0.1)
+
+    def test_now_from_disk_and_now_from_memory_it_is_what_they_take_on_average(self) -> None:
+        load, rng = LoadTime(0.5), Random(1)
+        believed = []
+        for _ in range(400):
+            load.learn(rng.choice((0.01, 1.0)), 0.02)
+            believed.append(load.s)
+        assert fmean(believed[100:]) == pytest.approx(0.5, rel=0.2)
 
     def test_first_uses_teach_the_load_and_not_the_speed(self) -> None:
         made = router(1)
@@ -459,5 +690,5 @@ def lasting(adapter: str, decode_s: float, name: str | None = None, queue_s: flo
     """A flight that is expected to wait for so long, and then to run for `decode_s`."""
     made = flight(name or adapter, prefill_s=0.0, queue_s=queue_s)
     made.prediction.decode_s = decode_s  # type: ignore[misc]  # a record that nobody else has
-    made.adapter = adapter
+    made.adapter = Wanted(adapter, 0.5, None)
     return made

@@ -75,6 +75,12 @@ def test_model_servers_of_others_are_theirs_and_so_is_who_reaches_them(name: str
     assert "vllm" not in {o["metadata"]["name"] for o in way.of("Service", "NetworkPolicy", "PodDisruptionBudget")}
 
 
+@pytest.mark.parametrize(("name", "ours"), [("ai-gateway", 1), ("dynamo", 1), ("llm-d", 0), ("production-stack", 0)])
+def test_a_namespace_that_others_made_is_left_as_it_is(name: str, ours: int) -> None:
+    """Ours enforces a level of pod security that model servers with RDMA, for one, do not meet: their next start would fail."""
+    assert len(system(name).of("Namespace")) == ours
+
+
 @pytest.mark.parametrize("name", PICKERS)
 def test_the_pool_has_extproc_as_its_picker(name: str) -> None:
     way = system(name)

@@ -114,7 +114,7 @@ async def gateway(
     timeout: str = "5s",
     **sections: Any,
 ) -> AsyncIterator[Stack]:
-    """Started; `change` may edit the bootstrap. Flights end within a second, for nobody tells of their end."""
+    """Started; `change` may edit the bootstrap. Flights end with their responses, which go through extproc."""
     requests = {"flight_ttl_s": 60, **sections.pop("requests", {})}
     given = {"envoy": {"endpoints": 1, **sections.pop("envoy", {})}, "requests": requests, **sections}
     config = configured(directory, *pools, **given)

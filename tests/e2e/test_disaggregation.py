@@ -18,6 +18,7 @@ from extproc.envoy import bootstrap, endpoints, names
 from tests.e2e.stack import Stack, all_ready, chat, configured, stack
 from tests.support.backend import Backend, stream
 from tests.support.pd_sidecar import ASKED, sidecar
+from tests.support.pd_sidecar import HEADER as SIDECAR_READS
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.envoy
@@ -80,7 +81,7 @@ async def test_a_request_is_split_where_it_must_be_and_whole_where_nothing_else_
     record = await scene.running.ended()
     assert record.decision.endpoints == (scene.decode.address,)
     assert record.decision.prefiller == (scene.prefill.address if forced else None)
-    assert scene.decode.received[-1].headers.get(names.PREFILLER_HEADER) == record.decision.prefiller
+    assert scene.decode.received[-1].headers.get(SIDECAR_READS) == record.decision.prefiller
     assert len(scene.prefill.received) - before == forced
     if forced:
         prompt = json.loads(scene.prefill.received[-1].body)
@@ -92,9 +93,15 @@ async def test_a_request_is_split_where_it_must_be_and_whole_where_nothing_else_
 
 @pytest.mark.asyncio(loop_scope="module")
 async def test_a_client_cannot_name_who_computes_its_prompt(scene: Scene) -> None:
-    await scene.ask(headers={names.PREFILLER_HEADER: "10.1.2.3:80"})
+    await scene.ask(headers=dict.fromkeys(names.SIDECAR_HEADERS, "10.1.2.3:80"))
     decided = scene.running.last().decision.prefiller
-    assert scene.decode.received[-1].headers.get(names.PREFILLER_HEADER) == decided
+    got = scene.decode.received[-1].headers
+    assert {got.get(name) for name in names.PREFILLER_HEADERS} == {decided}
+    assert "10.1.2.3:80" not in got.values()
+    body = {**chat("Hello"), "kv_transfer_params": {"remote_host": "10.1.2.3"}}
+    async with scene.running.post(body) as response:
+        assert response.status == 400
+        assert "kv_transfer_params" in (await response.json())["error"]["message"]
     await scene.running.settled()
 
 

@@ -15,6 +15,7 @@ import pytest
 from aiohttp import web
 from google.protobuf.struct_pb2 import ListValue, Value
 
+from extproc.core.types import Usage
 from extproc.envoy import names
 from tests.e2e.gateway import ORIGINAL_DST, OVERRIDE_HOST, SUBSET_HEADER, SUBSET_LIST_HEADER, gateway
 from tests.e2e.stack import Stack, chat, replica
@@ -191,6 +192,7 @@ async def test_a_stream_of_tokens_goes_through_untouched(tmp_path: Path, shape: 
             async with running.post(chat(stream=True, max_tokens=16)) as response:
                 text = await response.text()
                 assert (response.status, text.endswith("data: [DONE]\n\n")) == (200, True)
+                assert '"choices":[]' not in text, "the usage that only we asked for"
 
 
 async def test_the_next_of_a_list_is_no_way_out_where_the_header_is_an_address(tmp_path: Path) -> None:
@@ -235,21 +237,47 @@ def broken(*_: Any) -> Any:
 
 @SHAPES
 @pytest.mark.parametrize("stream", [False, True])
-async def test_the_end_of_the_response_is_the_end_of_the_flight(tmp_path: Path, shape: str, stream: bool) -> None:
+async def test_the_end_of_the_response_is_the_end_of_the_flight_with_its_usage(
+    tmp_path: Path, shape: str, stream: bool
+) -> None:
     async with (
         replica() as a,
         gateway(tmp_path, shape, {"replicas": [a.address]}) as running,
     ):
-        async with running.post(chat(stream=stream)) as response:
+        async with running.post(chat(stream=stream, max_tokens=2)) as response:
             assert response.status == 200
             await response.read()
         ended = (await running.ended()).ended
         assert ended is not None
         outcome = ended.outcome
         assert (outcome.end, outcome.status) == ("ok", 200)
+        assert outcome.usage is not None
+        assert (outcome.usage.completion_tokens, ended.output_tokens) == (2, 2)
         assert outcome.ttft_s is not None
         assert outcome.duration_s is not None
         assert outcome.duration_s >= outcome.ttft_s
+
+
+async def test_an_answer_that_takes_longer_than_a_flight_may_be_silent_is_not_lost(tmp_path: Path) -> None:
+    go = asyncio.Event()
+
+    async def late(_: web.Request) -> web.StreamResponse:
+        await go.wait()
+        return web.json_response({"usage": {"prompt_tokens": 3, "completion_tokens": 2}})
+
+    async with Backend(late) as a:
+        pool = {"engine": "none", "models": ["sim"], "replicas": [a.address]}
+        async with gateway(tmp_path, ORIGINAL_DST, pool, requests={"flight_ttl_s": 3}) as running:
+            answer = asyncio.ensure_future(asked(running))
+            await until(lambda: len(running.app.router.ledger) == 1)
+            (flight,) = running.app.router.ledger
+            routed_at = flight.routed_at
+            await until(lambda: flight.expires_at > routed_at + 3)
+            go.set()
+            await answer
+            ended = (await running.ended()).ended
+            assert ended is not None
+            assert (ended.outcome.end, ended.outcome.usage) == ("ok", Usage(3, 2))
 
 
 async def test_a_client_that_leaves_ends_its_flight(tmp_path: Path) -> None:

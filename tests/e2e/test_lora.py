@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import pytest_asyncio
 
 from extproc.sim.backend import Backend
 from tests.e2e.stack import MODEL, Stack, chat, gathered, replica, stack
+from tests.support.waiting import until
 
 pytestmark = [pytest.mark.envoy, pytest.mark.asyncio(loop_scope="module")]
 
@@ -25,7 +27,7 @@ class Scene:
 
     async def ask(self, model: str, n: int) -> str:
         """Who answered."""
-        return await self.running.served(chat(f"question {n} for {model}", model=model))
+        return await self.running.chosen(chat(f"question {n} for {model}", model=model))
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -40,8 +42,8 @@ async def scene(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Scene
 
 
 async def test_an_adapter_that_one_replica_lists_is_asked_for_there(scene: Scene) -> None:
-    assert set(await gathered(12, lambda n: scene.ask(HERE, n))) == {scene.members[0].address}
-    assert len(set(await gathered(12, lambda n: scene.ask(MODEL, n)))) == 2
+    assert {await scene.ask(HERE, n) for n in range(8)} == {scene.members[0].address}
+    assert len(set(await gathered(12, lambda n: scene.running.served(chat(f"question {n}"))))) == 2
 
 
 async def test_with_one_slot_each_an_adapter_stays_where_it_is_loaded(scene: Scene) -> None:
@@ -52,6 +54,23 @@ async def test_with_one_slot_each_an_adapter_stays_where_it_is_loaded(scene: Sce
     for n in range(1, 9):
         assert {A: await scene.ask(A, n), B: await scene.ask(B, n)} == at
     assert [m.engine.adapters.loads for m in scene.members if m.engine.adapters is not None] == before
+
+
+async def test_one_for_which_no_slot_is_free_is_held_until_one_is(scene: Scene) -> None:
+    router = scene.running.app.router
+    long = chat("a long answer", model=A, stream=True, max_tokens=400, ignore_eos=True)
+    async with scene.running.post({**long, "model": HERE}) as here, scene.running.post(long) as there:
+        await here.content.readany()
+        await there.content.readany()
+        await until(lambda: [member.load.lora and member.load.lora.slots for _, member in router.members()] == [1, 1])
+        asked = asyncio.create_task(scene.running.served(chat(model=B)))
+        await until(lambda: router.holding == 1)
+        assert await scene.ask(MODEL, 1)
+        assert not asked.done()
+        await here.read()
+        await there.read()
+    assert await asked in {member.address for member in scene.members}
+    assert router.holding == 0
 
 
 async def test_requests_for_adapters_are_counted_by_whether_they_had_to_wait_for_a_load(scene: Scene) -> None:

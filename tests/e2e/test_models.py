@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import pytest_asyncio
@@ -98,7 +99,7 @@ async def test_a_stream_is_renamed_and_asked_for_usage_at_once(running: Stack) -
 
 
 async def test_a_large_body_is_renamed_too(running: Stack) -> None:
-    large = {**chat("word " * 40_000, max_tokens=1), "model": "chat"}
+    large = {**chat(user="x" * 200_000), "model": "chat"}
     assert len(json.dumps(large)) > running.config.requests.large_body_bytes
     status, body = await answered(running, large)
     assert (status, body["model"] in (STABLE, CANARY)) == (200, True)
@@ -172,6 +173,27 @@ def shifted(config: Config, weights: tuple[int, int]) -> None:
     path.write_text(yaml.safe_dump(raw))
 
 
+class Answer(NamedTuple):
+    """What became of one request; the time is that of the monotonic clock."""
+
+    asked_at: float
+    status: int
+    model: str
+    whole: bool
+
+
+async def loaded(http: Any, config: Config, stream: bool, answers: list[Answer], done: asyncio.Event) -> None:
+    """Ask, one after the other."""
+    while not done.is_set():
+        body = {**chat(f"{len(answers)}", stream=stream), "model": "chat"}
+        asked_at = time.monotonic()
+        async with http.post(f"http://{config.envoy.listen}{CHAT}", json=body) as response:
+            text = await response.text()
+        (model,) = set(re.findall(r'"model": ?"([^"]*)"', text))
+        whole = not stream or text.rstrip().endswith("data: [DONE]")
+        answers.append(Answer(asked_at, response.status, model, whole))
+
+
 async def test_versions_switch_under_load_and_back_without_a_lost_request(tmp_path: Path) -> None:
     async with replica(model=STABLE) as blue, replica(model=CANARY) as green, client() as http:
         targets = [
@@ -181,32 +203,30 @@ async def test_versions_switch_under_load_and_back_without_a_lost_request(tmp_pa
         pools = [{"name": "blue", "replicas": [blue.address]}, {"name": "green", "replicas": [green.address]}]
         config = configured(tmp_path, *pools, models=[{"name": "chat", "targets": targets}])
         endpoints.create_if_missing(config)
-        answers: list[tuple[int, str]] = []
+        answers: list[Answer] = []
         done = asyncio.Event()
 
-        async def asks() -> None:
-            while not done.is_set():
-                body = {**chat(f"{len(answers)}"), "model": "chat"}
-                async with http.post(f"http://{config.envoy.listen}{CHAT}", json=body) as response:
-                    answer = await response.json()
-                    answers.append((response.status, answer.get("model", "")))
-
         async with Served(config) as served, EnvoyProcess(bootstrap.render(config)):
-            assert (await asked(http, config))[0] in (200, 503)
             await until(lambda: is_served(http, config))
-            clients = [asyncio.create_task(asks()) for _ in range(4)]
-            for n, (weights, wanted) in enumerate([((0, 1), CANARY), ((1, 0), STABLE)], 1):
-                await more(answers, 20)
-                shifted(config, weights)
-                os.kill(served.pid, signal.SIGHUP)
-                await applied(served, n)
-                before = len(answers) + len(clients)  # those under way may have been decided before
-                await more(answers, 40)
-                assert {model for _, model in answers[before:]} == {wanted}
+            streams = (False, False, True, True)
+            clients = [asyncio.create_task(loaded(http, config, stream, answers, done)) for stream in streams]
+            for n, (weights, old, new) in enumerate([((0, 1), STABLE, CANARY), ((1, 0), CANARY, STABLE)], 1):
+                await asked_since(answers, time.monotonic(), 20)
+                long = {**chat("long", stream=True, max_tokens=150, ignore_eos=True), "model": "chat"}
+                async with http.post(f"http://{config.envoy.listen}{CHAT}", json=long) as running:
+                    began = await running.content.readline()
+                    shifted(config, weights)
+                    os.kill(served.pid, signal.SIGHUP)
+                    await applied(served, n)
+                    later = await asked_since(answers, time.monotonic(), 30)
+                    assert {answer.model for answer in later} == {new}
+                    assert f'"{old}"' in began.decode()
+                    assert (await running.text()).rstrip().endswith("data: [DONE]"), (
+                        "the old version ends what it began"
+                    )
             done.set()
             await asyncio.gather(*clients)
-            assert {status for status, _ in answers} == {200}
-            assert Counter(model for _, model in answers).keys() == {STABLE, CANARY}
+            assert {(answer.status, answer.whole) for answer in answers} == {(200, True)}
             assert "Traceback" not in served.log()
 
 
@@ -230,7 +250,11 @@ async def applied(served: Served, count: int) -> None:
     await until(enough)
 
 
-async def more(answers: list[tuple[int, str]], count: int) -> None:
-    """Wait for so many further ones."""
-    enough = len(answers) + count
-    await until(lambda: len(answers) >= enough, timeout_s=20)
+async def asked_since(answers: list[Answer], moment: float, count: int) -> list[Answer]:
+    """Those to requests sent since then, once there are so many."""
+
+    def found() -> list[Answer]:
+        return [answer for answer in answers if answer.asked_at >= moment]
+
+    await until(lambda: len(found()) >= count, timeout_s=20)
+    return found()

@@ -28,6 +28,7 @@ async def running(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Sta
                 "name": policy,
                 "models": [f"m-{policy}"],
                 "policy": policy,
+                **({"gpu": {"nvml": True}} if policy == "gpu_utilization" else {}),
                 "labels": {"gpu": "h200", "model_size": "8b", "max_tokens_per_s": "1000"},
                 "replicas": [r.address for r in replicas],
             }

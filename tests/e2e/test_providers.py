@@ -45,6 +45,7 @@ PRIVATE = {
     "x-forwarded-for": "10.1.2.3",
     "accept-encoding": "gzip, br",
     "openai-organization": "org-of-theirs",
+    "idempotency-key": "theirs",
     "x-house": "secret",
 }
 """Of clients: nothing of it may leave the house."""
@@ -135,7 +136,7 @@ async def scene(made: Scene) -> AsyncIterator[Scene]:
     await until(lambda: is_served_by_all(made), timeout_s=20)
     await made.running.settled()
     yield made
-    made.provider.fail_with, made.provider.held, made.provider.cuts = None, None, False
+    made.provider.fail_with, made.provider.held, made.provider.cuts, made.provider.drops = None, None, False, False
     made.provider.failure = web.Response(text=f"<html>{fake.ACCOUNT}</html>", content_type="text/html")
     # A success, so that failures of one test are not added to those of the next.
     await until(lambda: is_served(made), timeout_s=20)
@@ -170,7 +171,7 @@ async def test_nothing_of_the_house_or_the_client_goes_along(scene: Scene) -> No
     wanted = {"host", "authorization", "accept", "content-length", "content-type", "user-agent"}
     assert scene.last.headers.keys() == wanted
     sent = repr(scene.last)
-    for value in ("clients", "acme", "10.1.2.3", "org-of-theirs", "secret", "gzip", "session"):
+    for value in ("clients", "acme", "10.1.2.3", "theirs", "secret", "gzip", "session"):
         assert value not in sent
 
 
@@ -189,15 +190,15 @@ async def test_a_key_may_stand_in_another_header(scene: Scene) -> None:
     assert "authorization" not in scene.last.headers
 
 
-async def test_the_path_has_its_prefix(tmp_path: Path) -> None:
-    async with Provider(tmp_path, tls=False, prefix="/llm/eu") as provider, replica(model="small") as small:
+async def test_path_and_query_are_the_providers(tmp_path: Path) -> None:
+    async with Provider(tmp_path, tls=False, base="/openai/deployments/x") as provider, replica(model="small") as small:
         pool = {"name": "small", "replicas": [small.address]}
         models = [{"name": "chat", "targets": [{"provider": "p"}]}]
-        section = provider.section("p")
+        section = provider.section("p", query="api-version=1")
         async with stack(tmp_path, pool, models=models, providers=[section], ready=False) as s:
-            async with s.post({**chat(), "model": "chat"}, path=f"{CHAT}?x=1") as response:
+            async with s.post({**chat(), "model": "chat"}, path=f"{CHAT}?key=sk-clients&api-version=2") as response:
                 assert response.status == 200, await response.text()
-            assert provider.received[-1].path == f"/llm/eu{CHAT}?x=1"
+            assert provider.received[-1].path == "/openai/deployments/x/chat/completions?api-version=1"
             assert provider.received[-1].headers["host"] == f"localhost:{provider.port}"
 
 
@@ -301,6 +302,16 @@ async def test_a_provider_that_is_down_is_unavailable(scene: Scene) -> None:
         assert record.ended.outcome.end is End.UNREACHABLE
     finally:
         await scene.provider.start()
+
+
+async def test_what_it_may_have_begun_is_not_asked_for_again(scene: Scene) -> None:
+    scene.provider.drops = True
+    before = len(scene.provider.received)
+    is_openais(*await scene.asked("chat"))
+    assert len(scene.provider.received) == before + 1
+    record = await scene.running.ended()
+    assert record.ended is not None
+    assert record.ended.outcome.end is End.UPSTREAM_ERROR
 
 
 async def test_a_stream_that_breaks_off_ends_and_is_paid_for_as_far_as_it_came(scene: Scene) -> None:

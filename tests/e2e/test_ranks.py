@@ -81,6 +81,19 @@ async def test_envoy_knows_each_address_once(scene: Scene) -> None:
     assert sorted(member.address for member in members) == sorted(m.address for m in scene.members)
 
 
+@pytest.mark.asyncio(loop_scope="module")
+async def test_an_address_that_is_drained_gets_nothing_on_any_of_its_ranks(scene: Scene) -> None:
+    drained, other = scene.members
+    at = f"{scene.running.admin}/replicas/{{}}?replica={drained.address}"
+    async with scene.running.client.post(at.format("drain")) as answer:
+        assert [view["state"] for view in await answer.json()] == ["draining"] * RANKS
+    for _ in range(2 * RANKS):
+        assert await scene.running.served() == other.address
+    async with scene.running.client.post(at.format("undrain")) as answer:
+        assert len(await answer.json()) == RANKS
+    await scene.running.settled()
+
+
 @pytest.mark.parametrize("tenants", [None, {"unknown": "anonymous"}], ids=["", "tenants"])
 @pytest.mark.parametrize("pools", [1, 2])
 def test_envoy_takes_the_rules_with_one_header_more(tmp_path: Path, tenants: Any, pools: int) -> None:

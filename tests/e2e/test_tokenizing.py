@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from random import Random
 
 import pytest
 
 from extproc.adapters.tokenizing.tokenizing import WRONG
+from extproc.sim.backend import Backend as Replica
 from tests.adapters.tokenizing.models import TEMPLATE, folder, made
-from tests.e2e.stack import Stack, chat, replica, stack
+from tests.e2e.stack import MODEL, Stack, chat, replica, stack
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.envoy
@@ -19,6 +21,46 @@ def prompts(s: Stack) -> Counter[str]:
     """By what became of them."""
     assert s.app._tokenizing is not None
     return s.app._tokenizing.counts["default"].prompts
+
+
+def told(each: Replica) -> int:
+    """KV events that it has published."""
+    assert each.publisher is not None
+    return each.publisher.sequence
+
+
+def messages(s: Stack) -> float:
+    """Of KV events that were taken in."""
+    return s.metric("extproc_kv_messages_total", pool="default")
+
+
+async def test_predicted_cached_tokens_are_those_that_simulated_replicas_report(tmp_path: Path) -> None:
+    rng = Random(1)
+    async with replica(kv_events=0, num_blocks=200) as one, replica(kv_events=0, num_blocks=200) as other:
+        tokenizer = {"simulated": True, "timeout_s": 5}
+        pool = {"replicas": [one.address, other.address], "kv_events": {}, "tokenizer": tokenizer}
+        async with stack(tmp_path, pool) as s:
+            exact = s.app.router.pools["default"].caches.exact
+            await until(lambda: exact.whole == {one.address, other.address})
+            sessions = [[{"role": "system", "content": f"Rules {i % 2} " * 40}] for i in range(6)]
+            hits = 0
+            for _ in range(30):
+                said = rng.choice(sessions)
+                said.append({"role": "user", "content": "word " * rng.randrange(5, 200)})
+                async with s.post({"model": MODEL, "messages": said, "max_tokens": rng.choice([1, 8, 40])}) as response:
+                    answer = await response.json()
+                said.append({"role": "assistant", "content": answer["choices"][0]["message"]["content"]})
+                decision = (await s.ended()).decision
+                assert decision.prefix_source == "exact"
+                reported = answer["usage"]
+                cached = (reported["prompt_tokens_details"] or {"cached_tokens": 0})["cached_tokens"]
+                predicted = decision.prediction.cached_tokens
+                assert (decision.prompt_tokens, predicted) == (reported["prompt_tokens"], cached)
+                hits += cached > 0
+                await until(lambda: messages(s) == told(one) + told(other))
+            assert hits > 15
+            assert s.metric("extproc_kv_events_total", pool="default", type="BlockRemoved") > 10
+            assert prompts(s)["tokenized"] == 30
 
 
 async def test_the_decision_knows_the_tokens_until_the_engine_disagrees(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
 }
 OPTIONS = (
     *("--served-model-name", MODEL, "--host", "127.0.0.1"),

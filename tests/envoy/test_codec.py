@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 
-from extproc.envoy import codec
+from extproc.envoy import codec, names
 from extproc.envoy.exchange import (
     CLOSE,
     BodyArrived,
+    Content,
     Continue,
     EchoBody,
     HeadersArrived,
@@ -159,6 +160,41 @@ def test_body_trailers_and_responses() -> None:
     assert body == ResponseArrived(Part.RESPONSE_BODY, b"x", True, duplex=True)
 
 
+@pytest.mark.parametrize(
+    ("headers", "content"),
+    [
+        ({"content-type": "application/json"}, Content.JSON),
+        ({"content-type": "Application/JSON; charset=utf-8"}, Content.JSON),
+        ({"content-type": "text/event-stream; charset=utf-8"}, Content.STREAM),
+        ({"content-type": "text/event-stream", "content-encoding": "identity"}, Content.STREAM),
+        ({"content-type": "text/event-stream", "content-encoding": "gzip"}, Content.OTHER),
+        ({"content-type": "application/json-seq"}, Content.OTHER),
+        ({}, Content.OTHER),
+    ],
+)
+def test_as_what_a_response_can_be_read(headers: dict[str, str], content: Content) -> None:
+    message = ProcessingRequest(response_headers={})
+    for key, value in headers.items():
+        message.response_headers.headers.headers.add(key=key, raw_value=value.encode())
+    found = codec.event(message.SerializeToString())
+    assert isinstance(found, ResponseArrived)
+    assert found.content is content
+
+
+@pytest.mark.parametrize(
+    ("request_mode", "response_mode", "is_read"),
+    [(None, None, True), (2, 0, True), (4, 0, False), (4, 1, False), (4, 4, True)],
+)
+def test_usage_is_read_by_our_own_proxy_and_of_what_goes_through_us(
+    request_mode: int | None, response_mode: int | None, is_read: bool
+) -> None:
+    message = request()
+    if request_mode is not None:
+        message.protocol_config.request_body_mode = request_mode  # type: ignore[assignment]
+        message.protocol_config.response_body_mode = response_mode  # type: ignore[assignment]
+    assert headers_of(message).head.usage_is_read is is_read
+
+
 @pytest.mark.parametrize("raw", [b"", b"\xff\xff", b"\x0a\x05abc"])
 def test_what_cannot_be_read_is_said(raw: bytes) -> None:
     with pytest.raises(codec.Unreadable):
@@ -223,12 +259,15 @@ def test_the_rank_is_told_by_header() -> None:
 
 def test_who_computes_the_prompt_is_told_by_header() -> None:
     common = answered(SetDestination(Part.BODY, Steer("f", "a:1", prefiller="b:2"))).request_body.response
-    assert set_headers(common.header_mutation) == {"x-prefiller-host-port": b"b:2"}
+    assert set_headers(common.header_mutation) == dict.fromkeys(names.PREFILLER_HEADERS, b"b:2")
 
 
-def test_nobody_else_says_who_computes_the_prompt() -> None:
-    common = answered(SetDestination(Part.BODY, Steer("f", "a:1", prefiller=""))).request_body.response
-    assert list(common.header_mutation.remove_headers) == ["x-prefiller-host-port"]
+@pytest.mark.parametrize("prefiller", ["", "b:2"])
+def test_nobody_else_tells_the_side_car_anything(prefiller: str) -> None:
+    mutation = answered(
+        SetDestination(Part.BODY, Steer("f", "a:1", prefiller=prefiller))
+    ).request_body.response.header_mutation
+    assert {*mutation.remove_headers, *set_headers(mutation)} == set(names.SIDECAR_HEADERS)
     common = answered(SetDestination(Part.BODY, Steer("f", "a:1"))).request_body.response
     assert not common.header_mutation.remove_headers
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from extproc.core.types import Usage
 from extproc.envoy.exchange import (
     CHUNK_BYTES,
     DELIVERED,
@@ -16,6 +17,7 @@ from extproc.envoy.exchange import (
     BodyArrived,
     Close,
     Command,
+    Content,
     Continue,
     Decide,
     Decided,
@@ -28,12 +30,29 @@ from extproc.envoy.exchange import (
     Mode,
     Part,
     Refuse,
+    Report,
     Respond,
+    ResponseArrived,
     Rules,
     SetDestination,
+    Steer,
     TrailersArrived,
 )
-from tests.envoy.transcripts import BUSY, CHAT, RULES, SCRIPTS, STEER, TOKENIZE, TOO_LARGE, Script, play
+from tests.envoy.transcripts import (
+    ASKED,
+    BUSY,
+    CHAT,
+    DONE,
+    RULES,
+    SCRIPTS,
+    STEER,
+    TOKEN,
+    TOKENIZE,
+    TOO_LARGE,
+    USAGE,
+    Script,
+    play,
+)
 
 READ_ALL = Rules(10 * CHUNK_BYTES, lambda _: True, TOO_LARGE)
 
@@ -148,6 +167,77 @@ def test_an_unread_body_comes_back_whole(body: bytes, at: list[int], ending: str
     assert b"".join(e.data for e in echoes) == body
     assert sum(e.end_of_stream for e in echoes) == (ending != "trailers")
     assert isinstance(done[-1], Close)
+
+
+def test_small_pieces_take_no_more_room_than_their_bytes() -> None:
+    exchange = Exchange(READ_ALL)
+    exchange.on(HeadersArrived(CHAT, mode=Mode.FULL_DUPLEX))
+    for _ in range(2_000):
+        exchange.on(BodyArrived(b"ab"))
+    assert len(exchange._chunks) == 1
+    (decide,) = exchange.on(BodyArrived(b"", True))
+    assert isinstance(decide, Decide)
+    assert decide.body == b"ab" * 2_000
+
+
+def answered(
+    pieces: list[bytes], ending: str, leaves_after: int | None = None, steer: Steer = ASKED, status: int = 200
+) -> list[Command]:
+    """What is said while a response comes, for which we asked the usage unless `steer` says otherwise."""
+    exchange = Exchange(READ_ALL)
+    exchange.on(HeadersArrived(CHAT, mode=Mode.FULL_DUPLEX, duplex_response=True))
+    exchange.on(BodyArrived(b"{}", True))
+    exchange.on(Decided(steer))
+    exchange.on(DELIVERED)
+    body = (Part.RESPONSE_BODY, Part.RESPONSE_TRAILERS)
+    events: list[Event] = [ResponseArrived(Part.RESPONSE_HEADERS, status=status, content=Content.STREAM)]
+    for event in arrivals(pieces, ending):
+        assert isinstance(event, BodyArrived | TrailersArrived)
+        of_body = isinstance(event, BodyArrived)
+        data, end = (bytes(event.data), event.end_of_stream) if isinstance(event, BodyArrived) else (b"", False)
+        events.append(ResponseArrived(body[not of_body], data, end))
+    return [command for event in [*events[:leaves_after], ENDED] for command in exchange.on(event)]
+
+
+@given(st.lists(st.integers(0, len(TOKEN + USAGE + DONE)), max_size=9), endings)
+def test_any_chunking_of_a_response_gives_the_same_bytes_back_and_the_same_end(at: list[int], ending: str) -> None:
+    whole = TOKEN + USAGE + DONE
+    done = answered(cut(whole, at), ending)
+    echoes = [c for c in done if isinstance(c, EchoBody)]
+    assert b"".join(e.data for e in echoes) == TOKEN + DONE
+    assert sum(e.end_of_stream for e in echoes) == (ending != "trailers")
+    assert sum(isinstance(c, Continue) and c.part is Part.RESPONSE_TRAILERS for c in done) == (ending == "trailers")
+    (last,) = (c for c in done if isinstance(c, Report) and c.over)
+    assert last.usage is not None
+    assert (last.response_bytes, last.cut, last.usage.completion_tokens) == (len(whole), False, 1)
+
+
+def given_back(done: list[Command]) -> bytes:
+    return b"".join(bytes(c.data) for c in done if isinstance(c, EchoBody))
+
+
+@pytest.mark.parametrize("ending", ["last", "empty", "trailers"])
+def test_a_stream_that_ends_within_the_usage_event_is_given_back_whole(ending: str) -> None:
+    assert given_back(answered([TOKEN, USAGE[:-1]], ending)) == TOKEN + USAGE[:-1]
+
+
+def test_a_usage_event_that_the_client_asked_for_stays() -> None:
+    done = answered([TOKEN + USAGE + DONE], "last", steer=STEER)
+    assert given_back(done) == TOKEN + USAGE + DONE
+    assert [c.usage for c in done if isinstance(c, Report)] == [Usage(9, 1)]
+
+
+@pytest.mark.parametrize(("status", "broken"), [(200, True), (500, False)])
+def test_an_error_under_status_200_is_told(status: int, broken: bool) -> None:
+    done = answered([b'data: {"error": {"message": "m"}}\n\n'], "last", status=status)
+    assert [c.broken for c in done if isinstance(c, Report)] == [broken]
+
+
+@given(st.lists(st.integers(0, len(TOKEN + USAGE)), max_size=9), endings, st.integers(0, 12))
+def test_wherever_a_client_leaves_its_response_the_flight_ends_once(at: list[int], ending: str, after: int) -> None:
+    done = answered(cut(TOKEN + USAGE, at), ending, after)
+    assert sum(isinstance(c, Report) and c.over for c in done) == 1
+    assert not any(isinstance(c, Abandon) for c in done)
 
 
 @given(

@@ -13,7 +13,7 @@ from extproc.config import Config, parse
 from extproc.core.admission.settings import QueueSettings
 from extproc.core.catalog.listing import Listed
 from extproc.core.router import PoolSettings, Router
-from extproc.core.types import CatalogConfigured, End, Outcome, Replica, Request, Reset, Wait
+from extproc.core.types import CatalogConfigured, End, Outcome, Replica, Request, Reset, Route, Serves, Usage, Wait
 from extproc.envoy.exchange import Head, Refuse, Reply, Steer
 from extproc.envoy.identity import hashed
 from extproc.envoy.intake import FakeRouter, Hold, Intake
@@ -80,6 +80,35 @@ def test_the_body_names_the_model_as_its_target_does(
     assert not answer.strip_usage
 
 
+@pytest.mark.parametrize("word", ["a", "word", "responsibilities", "\u00e9t\u00e9"])
+@pytest.mark.parametrize(
+    ("words", "quality", "engine"),
+    [
+        (10, None, "8b"),
+        (384, None, "8b"),
+        (385, None, "70b"),
+        (5000, None, "70b"),
+        (10, "high", "70b"),
+        (10, "low", "8b"),
+    ],
+)
+def test_the_estimate_is_words_times_1_3_where_that_is_wanted(
+    word: str, words: int, quality: str | None, engine: str
+) -> None:
+    """Under 500 and not high quality to the 8B model, else 70B: whatever the words, and whatever usage has shown."""
+    intake, router = made(TEXT.replace("- name: chat", "- name: chat\n  estimate: words"))
+    for _ in range(50):
+        route = router.arrive(Request(model="gpt", prompt_bytes=400), 0.0)
+        assert isinstance(route, Route)
+        router.finish(route.flight, Outcome(End.OK, status=200, usage=Usage(prompt_tokens=400)), 1.0)
+    messages = [{"role": "system", "content": word}, {"role": "user", "content": " ".join([word] * (words - 1))}]
+    head = replace(POST, headers={"x-quality": quality} if quality else {})
+    assert (
+        sent(steered(intake, json.dumps({"model": "gpt", "messages": messages}).encode(), head))["model"]
+        == f"llama-{engine}"
+    )
+
+
 def test_a_model_that_keeps_its_name_keeps_its_body() -> None:
     assert steered(made()[0], prompt(5, model="same")).body is None
 
@@ -123,9 +152,24 @@ def test_where_the_name_is_not_found_the_request_is_refused_and_its_flight_ends(
     body = prompt(300_000, model="gpt")
     task = intake.task(POST, rewritable=True)
     assert not isinstance(task, Refuse)
-    answer = intake.decide_read(POST, body, replace(perform(task, body), model=None), 0.0, True)
+    reading = replace(perform(task, body), model=None)
+    answer = intake.decide_read(POST, body.replace(b'"model"', b'"other"'), reading, 0.0, True)
     assert isinstance(answer, Refuse)
     assert (answer.error.status, router.in_flight) == (400, 0)
+
+
+def test_a_body_that_is_being_read_when_models_come_is_renamed_all_the_same() -> None:
+    intake, _ = made()
+    with_models = parse(TEXT)
+    intake.configure(with_models.model_copy(update={"models": ()}))
+    body = prompt(300_000, model="gpt")
+    task = intake.task(POST, rewritable=True)
+    assert not isinstance(task, Refuse)
+    reading = perform(task, body)
+    intake.configure(with_models)
+    answer = intake.decide_read(POST, memoryview(body), reading, 0.0, True)
+    assert isinstance(answer, Steer)
+    assert sent(answer)["model"] == "llama-70b"
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -164,6 +208,7 @@ def test_quality_tier_and_tenant_reach_the_rules() -> None:
     ((request, _),) = router.arrived
     assert request.quality == "q" * 64
     assert request.tier == "free"
+    assert request.prompt_words is None, "nobody wants to know"
     assert request.tenant == intake.hashed("acme")
     settings = catalog_settings(
         parse(TEXT.replace("quality_not: high", "tenants: acme") + "\nrequests: {tenant_header: x-tenant}"),
@@ -187,6 +232,25 @@ def test_without_models_quality_is_not_looked_at_and_names_seed_the_chain() -> N
     assert one.blocks != two.blocks
     assert three.quality == "high"
     assert three.blocks == four.blocks
+
+
+@pytest.mark.parametrize(
+    ("path", "what"),
+    [(CHAT, "The model `llama-8b`"), ("/tokenize", "What you ask for"), ("/v1/rerank", "What you ask for")],
+)
+def test_who_may_not_have_a_model_does_not_get_it_by_another_way(path: str, what: str) -> None:
+    text = TEXT.replace("{prompt_tokens_below: 500, quality_not: high}", "{tiers: paid}").replace(
+        "- {name: same, targets: [{pool: a}]}\n", ""
+    )
+    intake, router = made(text, tenants={"unknown": "anonymous"})
+    router.learn(Serves("a", A, ("llama-8b",)), 0.0)
+    answer = intake.decide(replace(POST, path=path), prompt(5, model="llama-8b"), 0.0, True)
+    assert isinstance(answer, Refuse)
+    error = json.loads(answer.error.body)["error"]
+    assert (answer.error.status, error["code"]) == (404, "model_not_found")
+    assert error["message"].startswith(
+        f"{what} does not exist or you do not have access to it. Available: chat, gpt, far."
+    )
 
 
 def test_a_limit_of_a_model_holds_for_its_aliases() -> None:

@@ -37,23 +37,26 @@ def tls_of(rendered: Json, name: str = "provider_p") -> Json:
 @pytest.mark.parametrize(
     ("section", "host", "prefix"),
     [
-        ({}, "api.example", "/"),
-        ({"port": 8443}, "api.example:8443", "/"),
-        ({"port": 80, "tls": False}, "api.example", "/"),
-        ({"tls": False}, "api.example:443", "/"),
-        ({"path_prefix": "/openai/deployments/x"}, "api.example", "/openai/deployments/x/"),
+        ({}, "api.example", "/v1/"),
+        ({"port": 8443}, "api.example:8443", "/v1/"),
+        ({"port": 80, "tls": False}, "api.example", "/v1/"),
+        ({"tls": False}, "api.example:443", "/v1/"),
+        ({"base_path": "/openai/deployments/x"}, "api.example", "/openai/deployments/x/"),
+        ({"base_path": ""}, "api.example", "/"),
     ],
 )
 def test_host_and_path_are_those_of_the_provider(section: Json, host: str, prefix: str) -> None:
     rendered = bootstrap.render(config({"name": "p", "host": "api.example", **section}))
-    action = routes(rendered)["provider p"]["route"]
-    assert (action["host_rewrite_literal"], action["prefix_rewrite"]) == (host, prefix)
+    route = routes(rendered)["provider p"]
+    assert (route["route"]["host_rewrite_literal"], route["route"]["prefix_rewrite"]) == (host, prefix)
+    assert route["match"]["prefix"] == "/v1/", "and nothing else goes there"
 
 
 def test_nobody_else_is_asked_for_a_provider() -> None:
     action = routes(bootstrap.render(config({"name": "p", "host": "api.example"})))["provider p"]["route"]
     assert action["retry_policy"]["num_retries"] == 1
-    assert "5xx" not in action["retry_policy"]["retry_on"]
+    never_sent = {"connect-failure", "refused-stream", "reset-before-request"}
+    assert set(action["retry_policy"]["retry_on"].split(",")) == never_sent, "all else may be paid for twice"
     assert "retry_host_predicate" not in action["retry_policy"]
     assert action["hedge_policy"] == {}
 
@@ -88,6 +91,26 @@ def test_keys_are_injected_in_the_cluster_alone() -> None:
     assert not [each for each in http_filters(rendered) if "credential" in each["name"]]
 
 
+def test_a_connection_that_all_requests_share_is_pinged() -> None:
+    rendered = bootstrap.render(config({"name": "p", "host": "api.example"}))
+    [options] = clusters(rendered)["provider_p"]["typed_extension_protocol_options"].values()
+    pings = options["auto_config"]["http2_protocol_options"]["connection_keepalive"]
+    assert pings == {"interval": "30s", "timeout": "15s"}
+
+
+@pytest.mark.parametrize(
+    ("providers", "statuses"), [([], {503}), ([{"name": "p", "host": "api.example"}], {502, 503, 504})]
+)
+def test_who_has_a_provider_is_told_to_come_again(providers: list[Json], statuses: set[int]) -> None:
+    mappers = manager(bootstrap.render(config(*providers)))["local_reply_config"]["mappers"]
+    told = {
+        each["filter"]["status_code_filter"]["comparison"]["value"]["default_value"]
+        for each in mappers
+        if "headers_to_add" in each
+    }
+    assert told == statuses
+
+
 def test_the_tenants_header_stays_here() -> None:
     section = {"name": "p", "host": "api.example"}
     rendered = bootstrap.render(config(section, requests={"tenant_header": "X-Team"}))
@@ -109,10 +132,11 @@ def test_a_baseline_sends_nothing_there() -> None:
 
 
 def test_the_script_has_all_values_put_in() -> None:
-    rendered = bootstrap.render(config({"name": "p", "host": "api.example"}))
+    rendered = bootstrap.render(config({"name": "p", "host": "api.example", "query": "api-version=1"}))
     [options] = clusters(rendered)["provider_p"]["typed_extension_protocol_options"].values()
     source = options["http_filters"][0]["typed_config"]["default_source_code"]["inline_string"]
     assert "@" not in source
+    assert "local QUERY = '?api-version=1'" in source
     assert '["content-type"] = true' in source
 
 

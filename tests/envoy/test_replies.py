@@ -14,7 +14,7 @@ from aiohttp import web
 from yarl import URL
 
 from extproc.config import Config
-from extproc.envoy import names
+from extproc.envoy import bootstrap, names
 from extproc.openai import errors
 from extproc.pb.envoy.service.ext_proc.v3 import external_processor_pb2 as ext_proc
 from tests.envoy import steering
@@ -88,6 +88,30 @@ async def test_a_response_that_never_comes(tmp_path: Path) -> None:
         status, body, _ = await answered(steering.config(tmp_path, a.address, stream_idle_timeout_s=0.3))
     assert status == 504
     assert is_error(body, 504, "Gateway Timeout")
+
+
+async def test_an_answer_that_is_no_http(tmp_path: Path) -> None:
+    async def garbled(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"\x00 garbled\r\n\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(garbled, "127.0.0.1", 0)
+    address = "{}:{}".format(*server.sockets[0].getsockname())
+    async with server:
+        status, body, _ = await answered(steering.config(tmp_path, address))
+    assert status == 502
+    assert is_error(body, 502, "Bad Gateway")
+
+
+def test_the_code_of_an_error_is_envoys_own_number(tmp_path: Path) -> None:
+    """One that stands in the bootstrap would reach clients as "503.0", where that is written as YAML."""
+    mappers = steering.manager(bootstrap.render(steering.config(tmp_path)))["local_reply_config"]["mappers"]
+    bodies = [
+        each["body_format_override"]["json_format"]["error"] for each in mappers if "body_format_override" in each
+    ]
+    assert len(bodies) > 5
+    assert {body["code"] for body in bodies} == {"%RESPONSE_CODE%"}
 
 
 async def test_broken_requests(tmp_path: Path) -> None:

@@ -184,10 +184,7 @@ async def test_full_duplex_gives_back_every_byte() -> None:
         stream, data = at.stream(), prompt(200_000)
         await stream.send(headers(CHAT, mode=4).SerializeToString())
         await stream.send(body(data[:70_000], end=False).SerializeToString())
-        asked = await stream.ask(body(data[70_000:]))
-        assert asked is not None
-        assert asked.HasField("override_message_timeout")
-        first = await stream.ask()
+        first = await stream.ask(body(data[70_000:]))
         assert first is not None
         assert first.WhichOneof("response") == "request_headers"
         pieces = []
@@ -195,6 +192,20 @@ async def test_full_duplex_gives_back_every_byte() -> None:
             pieces.append(answer.request_body.response.body_mutation.streamed_response)
         assert b"".join(p.body for p in pieces) == data
         assert [p.end_of_stream for p in pieces] == [False] * (len(pieces) - 1) + [True]
+
+
+async def test_a_gateway_that_routes_by_itself_has_no_way_to_a_provider(caplog: pytest.LogCaptureFixture) -> None:
+    async with serving(FakeRouter([route()])) as at:
+        stream = at.stream()
+        await stream.send(headers(CHAT, mode=4).SerializeToString())
+        answer = await stream.ask(body(prompt(5)))
+        assert answer is not None
+        assert answer.immediate_response.status.code == 500
+        assert b"no way to the provider" in answer.immediate_response.body
+        assert await stream.ask() is ENDED
+        assert [outcome.end for _, outcome, _ in at.router.finished] == [End.CLIENT_GONE]
+        assert (at.server.streams.refused, at.server.streams.steered) == (1, 0)
+    assert "only the bootstrap of `extproc envoy` leads to one" in caplog.text
 
 
 # --- access log -------------------------------------------------------------------------------------------------------

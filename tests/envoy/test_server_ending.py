@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 from extproc.config import Config
-from extproc.core.types import End
+from extproc.core.types import End, Fact, Outcome, Progressed
 from extproc.envoy.intake import FakeRouter, Intake
+from extproc.envoy.responses import EVERY_S
 from extproc.envoy.rpc import EOF
 from extproc.envoy.server import Server
+from extproc.pb.envoy.service.ext_proc.v3.external_processor_pb2 import ProcessingRequest
 from tests.envoy.client import ENDED, Stream, body, channel, headers
 from tests.envoy.setup import CHAT, configured, prompt, route
 from tests.support.ports import free_port
@@ -51,6 +53,77 @@ async def processed(settings: Config, context: Cut) -> tuple[Server, FakeRouter]
     server = Server(settings, Intake(router, settings), router, time.monotonic)
     await asyncio.gather(asyncio.ensure_future(server._process(None, context)), return_exceptions=True)
     return server, router
+
+
+def both_ways() -> Any:
+    """The headers of a gateway whose responses go through us."""
+    message = headers(CHAT, 4)
+    message.protocol_config.response_body_mode = 4  # type: ignore[assignment]
+    return message
+
+
+async def test_a_flight_whose_response_would_go_through_us_ends_where_the_answer_is_cut_off() -> None:
+    context = Cut(cut=True)
+    context.messages, context.answers = [both_ways(), body(prompt(5))], 1
+    server, router = await processed(config(), context)
+    assert [(f, o.end) for f, o, _ in router.finished] == [("f1", End.CLIENT_GONE)]
+    assert (len(server.responses), server.streams.failed) == (0, 0)
+
+
+class Forgetful(FakeRouter):
+    """Cannot take in what it is told."""
+
+    def learn(self, fact: Fact, now: float) -> None:
+        raise ZeroDivisionError("mistake")
+
+    def finish(self, flight_id: str, outcome: Outcome, now: float) -> None:
+        raise ZeroDivisionError("mistake")
+
+
+async def test_a_mistake_in_the_books_does_not_break_off_a_response() -> None:
+    settings = config()
+    router = Forgetful([route(1)])
+    server = Server(settings, Intake(router, settings), router, time.monotonic)
+    try:
+        async with channel(await server.start()) as opened:
+            stream = Stream(opened)
+            await stream.send(both_ways().SerializeToString())
+            assert await stream.ask(body(prompt(5))) is not ENDED
+            assert await stream.ask() is not ENDED, "the body"
+            assert await stream.ask(ProcessingRequest(response_headers={})) is not ENDED
+            for end in (False, True):
+                assert (
+                    await stream.ask(ProcessingRequest(response_body={"body": b"x", "end_of_stream": end})) is not ENDED
+                )
+        await until(lambda: len(server.responses) == 0)
+        assert server.streams.failed == 2
+    finally:
+        await server.stop(0)
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+async def test_a_response_that_is_awaited_is_told_of_though_it_is_silent() -> None:
+    clock = Clock()
+    settings, router = config(), FakeRouter([route(1)])
+    server = Server(settings, Intake(router, settings), router, clock)
+    try:
+        async with channel(await server.start()) as opened:
+            stream = Stream(opened)
+            await stream.send(both_ways().SerializeToString())
+            await stream.ask(body(prompt(5)))
+            await stream.ask()
+            for told in (1, 2):
+                clock.now = told * EVERY_S
+                await until(lambda told=told: len(router.learned) == told)  # type: ignore[misc]
+    finally:
+        await server.stop(0)
+    assert [fact for fact, _ in router.learned] == [Progressed("f1", None, None, 0)] * 2
 
 
 async def test_a_flight_whose_answer_was_cut_off_is_asked_after() -> None:

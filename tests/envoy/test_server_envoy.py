@@ -151,7 +151,7 @@ async def test_full_duplex(tmp_path: Path, processing: dict[str, str]) -> None:
         sent = prompt(100_000, stream=True)
         status, seen, _ = await at.post(CHAT, sent)
         assert (status, seen["name"]) == (200, "b")
-        assert seen["size"] > len(sent)
+        assert (seen["size"] > len(sent)) == (processing is DUPLEX_BOTH), "usage is asked for where it can be read"
         at.router.verdicts[:] = [Reject(Refusal.NO_REPLICAS)]
         status, body, _ = await at.post(CHAT, prompt(10))
         assert (status, body["error"]["code"]) == (503, 503)

@@ -133,6 +133,9 @@ def test_the_salt_is_that_which_the_engine_will_see() -> None:
     intake = Intake(FakeRouter([route(1)]), config.model_copy(update={"tenants": tenants}))
     salted = intake.read(Head("POST", CHAT), data, 0.0, rewritable=True)
     assert isinstance(salted, Ready)
+    explained = intake.asked(Head("POST", CHAT), data)
+    assert isinstance(explained, Ready)
+    assert explained.question == salted.question
     answer = intake.proceed(salted, 0.0)
     assert isinstance(answer, Steer)
     assert answer.body is not None

@@ -8,16 +8,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from extproc.core.types import Usage
 from extproc.envoy.exchange import (
     CHUNK_BYTES,
     CLOSE,
     DELIVERED,
     ENDED,
+    NO_WAY_OUT,
     PASS,
     Abandon,
     AskForTime,
     BodyArrived,
     Command,
+    Content,
     Continue,
     Decide,
     Decided,
@@ -56,7 +59,12 @@ MODELS = Head("GET", "/v1/models")
 STEER = Steer("f1", "10.0.0.1:8000,10.0.0.2:8000")
 REWRITTEN = Steer("f2", "10.0.0.1:8000", body=b"{...}", strip_usage=True)
 OUTSIDE = Steer("f3", "", body=b"{...}", pool="cloud")
+ASKED = Steer("f4", "10.0.0.1:8000", body=b"{...}", strip_usage=True)
 LONG = b"x" * (CHUNK_BYTES + 1)
+TOKEN = b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n'
+USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":1}}\n\n'
+DONE = b"data: [DONE]\n\n"
+JSON = b'{"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":1}}'
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +165,17 @@ SCRIPTS: Mapping[str, Script] = {
         << SetDestination(Part.BODY, STEER)
         << CLOSE
     ),
+    "a decision that takes long, full duplex: no time is measured": (
+        Script()
+        >> HeadersArrived(CHAT, mode=Mode.FULL_DUPLEX)
+        >> BodyArrived(b"{}", end_of_stream=True)
+        << Decide(CHAT, b"{}", rewritable=True)
+        >> Delayed(35.0)
+        >> Decided(STEER)
+        << SetDestination(Part.HEADERS, STEER, in_header=True)
+        << EchoBody(b"{}", end_of_stream=True)
+        << CLOSE
+    ),
     "the client leaves while its decision waits: nobody is asked for time then": (
         Script()
         >> HeadersArrived(CHAT, mode=Mode.BUFFERED)
@@ -197,6 +216,17 @@ SCRIPTS: Mapping[str, Script] = {
         << SetDestination(Part.BODY, OUTSIDE)
         << CLOSE
         >> DELIVERED
+        >> ENDED
+    ),
+    "a provider behind a gateway that routes by itself: there is no way to it": (
+        Script()
+        >> HeadersArrived(CHAT, mode=Mode.FULL_DUPLEX)
+        >> BodyArrived(b"{}", end_of_stream=True)
+        << Decide(CHAT, b"{}", rewritable=True)
+        >> Decided(OUTSIDE)
+        << Abandon(OUTSIDE.flight)
+        << Respond(NO_WAY_OUT)
+        << CLOSE
         >> ENDED
     ),
     "a path that is not read, whatever its size: pick in the header answer, the body is not waited for": (
@@ -506,6 +536,113 @@ SCRIPTS: Mapping[str, Script] = {
         >> ResponseArrived(Part.RESPONSE_TRAILERS)
         << Report("f1", None, None, 2, over=True)
         << Continue(Part.RESPONSE_TRAILERS)
+        >> ENDED
+    ),
+    "the usage of a response that goes through us is read, and its last word is the flight's": (
+        Script()
+        >> HeadersArrived(CHAT, mode=Mode.FULL_DUPLEX, duplex_response=True)
+        >> BodyArrived(b"{}", end_of_stream=True)
+        << Decide(CHAT, b"{}", rewritable=True)
+        >> Decided(STEER)
+        << SetDestination(Part.HEADERS, STEER, in_header=True)
+        << EchoBody(b"{}", end_of_stream=True)
+        >> DELIVERED
+        >> ResponseArrived(Part.RESPONSE_HEADERS, status=103)
+        << Continue(Part.RESPONSE_HEADERS)
+        >> ResponseArrived(Part.RESPONSE_HEADERS, status=200, content=Content.JSON)
+        << Continue(Part.RESPONSE_HEADERS)
+        >> ResponseArrived(Part.RESPONSE_BODY, JSON[:30])
+        << Report("f1", 200, None, 30, over=False)
+        << EchoBody(JSON[:30], end_of_stream=False, part=Part.RESPONSE_BODY)
+        >> ResponseArrived(Part.RESPONSE_BODY, JSON[30:], end_of_stream=True)
+        << Report("f1", 200, None, len(JSON), over=True, usage=Usage(9, 1))
+        << EchoBody(JSON[30:], end_of_stream=True, part=Part.RESPONSE_BODY)
+        >> ENDED
+    ),
+    "a usage event that only we wanted does not reach the client": (
+        Script()
+        >> HeadersArrived(CHAT, mode=Mode.FULL_DUPLEX, duplex_response=True)
+        >> BodyArrived(b"{}", end_of_stream=True)
+        << Decide(CHAT, b"{}", rewritable=True)
+        >> Decided(ASKED)
+        << SetDestination(Part.HEADERS, ASKED, in_header=True)
+        << EchoBody(b"{...}", end_of_stream=True)
+        >> DELIVERED
+        >> ResponseArrived(Part.RESPONSE_HEADERS, status=200, content=Content.STREAM)
+        << Continue(Part.RESPONSE_HEADERS)
+        >> ResponseArrived(Part.RESPONSE_BODY, TOKEN + USAGE[:20])
+        << Report("f4", 200, None, len(TOKEN) + 20, over=False)
+        << EchoBody(TOKEN, end_of_stream=False, part=Part.RESPONSE_BODY)
+        >> ResponseArrived(Part.RESPONSE_BODY, USAGE[20:])
+        << Report("f4", 200, None, len(TOKEN + USAGE), over=False)
+        >> ResponseArrived(Part.RESPONSE_BODY, DONE)
+        << Report("f4", 200, None, len(TOKEN + USAGE + DONE), over=False)
+        << EchoBody(DONE, end_of_stream=False, part=Part.RESPONSE_BODY)
+        >> ResponseArrived(Part.RESPONSE_BODY, b"", end_of_stream=True)
+        << Report("f4", 200, None, len(TOKEN + USAGE + DONE), over=True, usage=Usage(9, 1))
+        << EchoBody(b"", end_of_stream=True, part=Part.RESPONSE_BODY)
+        >> ENDED
+    ),
+    "what is kept of a stream goes on before its trailers": (
+        Script()
+        >> HeadersArrived(CHAT, mode=Mode.FULL_DUPLEX, duplex_response=True)
+        >> BodyArrived(b"{}", end_of_stream=True)
+        << Decide(CHAT, b"{}", rewritable=True)
+        >> Decided(ASKED)
+        << SetDestination(Part.HEADERS, ASKED, in_header=True)
+        << EchoBody(b"{...}", end_of_stream=True)
+        >> DELIVERED
+        >> ResponseArrived(Part.RESPONSE_HEADERS, status=200, content=Content.STREAM)
+        << Continue(Part.RESPONSE_HEADERS)
+        >> ResponseArrived(Part.RESPONSE_BODY, TOKEN + USAGE[:-1])
+        << Report("f4", 200, None, len(TOKEN + USAGE) - 1, over=False)
+        << EchoBody(TOKEN, end_of_stream=False, part=Part.RESPONSE_BODY)
+        >> ResponseArrived(Part.RESPONSE_TRAILERS)
+        << Report("f4", 200, None, len(TOKEN + USAGE) - 1, over=True, usage=Usage(9, 1))
+        << EchoBody(USAGE[:-1], end_of_stream=False, part=Part.RESPONSE_BODY)
+        << Continue(Part.RESPONSE_TRAILERS)
+        >> ENDED
+    ),
+    "a response without a body: its headers are its end": (
+        Script()
+        >> HeadersArrived(CHAT, mode=Mode.FULL_DUPLEX, duplex_response=True)
+        >> BodyArrived(b"{}", end_of_stream=True)
+        << Decide(CHAT, b"{}", rewritable=True)
+        >> Decided(STEER)
+        << SetDestination(Part.HEADERS, STEER, in_header=True)
+        << EchoBody(b"{}", end_of_stream=True)
+        >> DELIVERED
+        >> ResponseArrived(Part.RESPONSE_HEADERS, status=204, end_of_stream=True)
+        << Report("f1", 204, None, 0, over=True)
+        << Continue(Part.RESPONSE_HEADERS)
+        >> ENDED
+    ),
+    "a response that comes before the request is complete": (
+        Script()
+        >> HeadersArrived(TOKENIZE, mode=Mode.FULL_DUPLEX, duplex_response=True)
+        << Decide(TOKENIZE, None)
+        >> Decided(STEER)
+        << SetDestination(Part.HEADERS, STEER, in_header=True)
+        >> DELIVERED
+        >> BodyArrived(b"ab")
+        << EchoBody(b"ab", end_of_stream=False)
+        >> ResponseArrived(Part.RESPONSE_HEADERS, status=413)
+        << Continue(Part.RESPONSE_HEADERS)
+        >> ResponseArrived(Part.RESPONSE_BODY, b"{}", end_of_stream=True)
+        << Report("f1", 413, None, 2, over=True)
+        << EchoBody(b"{}", end_of_stream=True, part=Part.RESPONSE_BODY)
+        >> BodyArrived(b"c", end_of_stream=True)
+        << EchoBody(b"c", end_of_stream=True)
+        >> ENDED
+    ),
+    "the gateway answers by itself before the body is complete: no flight": (
+        Script()
+        >> HeadersArrived(CHAT, mode=Mode.FULL_DUPLEX, duplex_response=True)
+        >> BodyArrived(b"{")
+        >> ResponseArrived(Part.RESPONSE_HEADERS, status=408)
+        << Continue(Part.RESPONSE_HEADERS)
+        >> ResponseArrived(Part.RESPONSE_BODY, b"too late", end_of_stream=True)
+        << EchoBody(b"too late", end_of_stream=True, part=Part.RESPONSE_BODY)
         >> ENDED
     ),
     "the client leaves while the response goes through us: the flight ends": (

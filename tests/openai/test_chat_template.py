@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from datetime import datetime
+from itertools import count
 from typing import Any
 
 import pytest
 from jinja2 import TemplateSyntaxError
 
-from extproc.openai.chat_template import ChatTemplate, ContentFormat
+from extproc.openai import chat_template
+from extproc.openai.chat_template import LIMIT_S, ChatTemplate, ContentFormat
 from extproc.openai.tokens import CannotTokenize, Untokenized
 
 USER = [{"role": "user", "content": "Hi "}]
@@ -55,6 +57,37 @@ def test_what_a_template_refuses(source: str) -> None:
     with pytest.raises(CannotTokenize) as e:
         rendered(source)
     assert e.value.why is Untokenized.REFUSED
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+        "{% for i in [1] recursive %}{{ loop([1, 1]) if loop.depth < 60 else '' }}{% endfor %}",
+    ],
+)
+def test_a_rendering_ends_in_time(source: str) -> None:
+    ticks = count(step=LIMIT_S / 1000)
+    bounded = ChatTemplate(source, datetime.now, lambda: next(ticks))
+    for _ in range(2):  # each has its own time
+        with pytest.raises(CannotTokenize) as e:
+            bounded.render(USER, {})
+        assert e.value.why is Untokenized.LATE
+
+
+def test_a_rendering_that_a_client_would_have_unbounded() -> None:
+    looped = template("{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert looped.render(USER, {"_extproc_in_time": "mine", "check": "mine"}) == "Hi "
+
+
+def test_a_text_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "MAX_TEXT", 10)
+    doubling = "{% for m in messages %}{{ messages | map(attribute='content') | join }}{% endfor %}"
+    assert rendered(doubling, USER * 1) == "Hi "
+    with pytest.raises(CannotTokenize) as e:
+        rendered(doubling, USER * 2)
+    assert e.value.why is Untokenized.LARGE
 
 
 def test_a_template_that_is_none() -> None:
@@ -120,7 +153,6 @@ def test_whether_parts_are_wanted(source: str, in_parts: bool) -> None:
 
 def test_what_is_known_of_a_template() -> None:
     found = template("{{ bos_token }}{% if x == 'developer' %}{% endif %}")
-    assert found.variables >= {"bos_token", "x"}
     assert found.knows_developers
     assert not template("{{ x }}").knows_developers
     assert repr(template("{{ x }}")) == "<chat template of 7 characters, string>"

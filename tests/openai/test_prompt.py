@@ -11,7 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extproc.openai.prompt import MAX_MEDIA, MEDIA_BYTES, Prompt, of_chat, of_embeds, of_input, of_responses, seed
+from extproc.openai.prompt import (
+    MAX_MEDIA,
+    MEDIA_BYTES,
+    Prompt,
+    of_chat,
+    of_embeds,
+    of_input,
+    of_responses,
+    seed,
+    words,
+)
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
@@ -230,3 +240,27 @@ def test_tools_nested_beyond_reason_raise_nothing() -> None:
     for _ in range(50_000):
         deep = [deep]
     assert of_chat([], [deep]).size > 0
+
+
+# --- words --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("made", "count"),
+    [
+        (of_input("one two\nthree\tfour"), 4),
+        (of_input(""), 0),
+        (of_chat([{"role": "system", "content": "one"}, {"role": "user", "content": "two three"}]), 3),
+        (
+            of_chat([{"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]}]),
+            2,
+        ),
+        (of_chat([{"role": "tool", "tool_call_id": "x", "content": "one two"}]), 3),
+        (of_responses("one", "two three"), 3),
+        (of_input([1, 2, 3]), None),
+        (of_input(["one", "two"]), None),
+        (of_chat([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]), None),
+    ],
+)
+def test_words_are_those_of_one_text(made: Prompt, count: int | None) -> None:
+    assert words(made) == count

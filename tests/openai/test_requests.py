@@ -14,7 +14,16 @@ from extproc.openai.body import Change
 from extproc.openai.errors import BadRequest, of_bad_request
 from extproc.openai.prompt import MEDIA_BYTES
 from extproc.openai.reading import Task, perform
-from extproc.openai.requests import MAX_SAMPLES, MAX_SESSION, Limits, Parsed, is_read, read, with_usage
+from extproc.openai.requests import (
+    MAX_SAMPLES,
+    MAX_SESSION,
+    TRANSFER_FIELDS,
+    Limits,
+    Parsed,
+    is_read,
+    read,
+    with_usage,
+)
 from tests.openai.samples import sample
 
 CHAT = "/v1/chat/completions"
@@ -48,6 +57,18 @@ def refused(path: str, body: bytes | dict[str, Any]) -> BadRequest:
     bad = read("POST", path, body if isinstance(body, bytes) else json.dumps(body).encode())
     assert isinstance(bad, BadRequest), bad
     return bad
+
+
+@pytest.mark.parametrize("field", TRANSFER_FIELDS)
+def test_clients_do_not_say_where_a_cache_comes_from(field: str) -> None:
+    body = json.dumps({**HELLO, field: {"remote_host": "10.1.2.3"}}).encode()
+    assert isinstance(read("POST", CHAT, body), Parsed)
+    bad = read("POST", CHAT, body, limits=Limits(transfers=False))
+    assert isinstance(bad, BadRequest)
+    assert (bad.param, field in bad.message) == (field, True)
+    assert isinstance(
+        read("POST", CHAT, json.dumps({**HELLO, field: None}).encode(), limits=Limits(transfers=False)), Parsed
+    )
 
 
 # --- which requests are read ------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from extproc.sim import text
+from extproc.openai.simulated_prompt import TOKEN_BYTES
 from extproc.sim.backend import Backend, BackendSpec, serve
 from tests.sim import recorded
 from tests.support.ports import free_port
@@ -76,7 +76,7 @@ async def test_a_chat_answer_has_the_recorded_shape(client: Client) -> None:
     got = await client.json(CHAT, messages=HELLO, max_tokens=8, ignore_eos=True)
     assert recorded.shape(got) == recorded.shape(recorded.document("chat_nonstream"))
     assert got["usage"]["completion_tokens"] == 8
-    assert len(got["choices"][0]["message"]["content"]) == 8 * text.TOKEN_BYTES
+    assert len(got["choices"][0]["message"]["content"]) == 8 * TOKEN_BYTES
     assert got["choices"][0]["finish_reason"] == "length"
 
 

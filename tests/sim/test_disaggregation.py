@@ -67,6 +67,7 @@ def test_a_part_that_was_brought_is_not_computed_again() -> None:
 def test_what_was_brought_is_cached_like_any() -> None:
     engine, _ = first_step(EngineRequest(1, 1000, 10, range(62), brought_tokens=1000))
     assert engine.cached_tokens(range(62), 1000) == 62 * 16
+    assert (engine.counters.prefix_queries, engine.counters.prefix_hits) == (1000, 0)
 
 
 # --- the way ----------------------------------------------------------------------------------------------------------

@@ -12,12 +12,14 @@ from typing import Any
 import aiohttp
 import msgspec
 import pytest
+import zmq
+import zmq.asyncio
 
+from extproc.openai.simulated_prompt import chat_prompt, token_ids
 from extproc.sim.backend import Backend
 from extproc.sim.blocks import Copy
-from extproc.sim.kv_publisher import KvPublisher, token_ids
+from extproc.sim.kv_publisher import END, KvPublisher
 from extproc.sim.spec import BackendSpec
-from extproc.sim.text import chat_prompt
 from tests.support.waiting import until
 
 
@@ -122,6 +124,25 @@ async def test_where_it_publishes() -> None:
             backend.publisher.replay_endpoint,
         )
         assert source["endpoint"].startswith("tcp://127.0.0.1:")
+
+
+async def test_a_replay_begins_where_it_is_asked_to_and_has_an_end() -> None:
+    publisher = KvPublisher("127.0.0.1", 0, 0, buffer_steps=4)
+    publisher.start()
+    context: zmq.asyncio.Context = zmq.asyncio.Context()
+    asker = context.socket(zmq.DEALER)
+    try:
+        asker.connect(publisher.replay_endpoint)
+        for _ in range(6):
+            publisher.publish([])
+        for first, sequences in ((4, [4, 5]), (0, [2, 3, 4, 5]), (6, [])):
+            await asker.send_multipart([b"", first.to_bytes(8, "big")])
+            for sequence in sequences:
+                assert (await asker.recv_multipart())[:3] == [b"", b"kv-events", sequence.to_bytes(8, "big")]
+            assert await asker.recv_multipart() == [b"", b"", END, b""]
+    finally:
+        context.destroy(linger=0)
+        await publisher.stop()
 
 
 async def test_a_replica_that_does_not_publish_says_so() -> None:

@@ -7,37 +7,6 @@ from hypothesis import strategies as st
 
 from extproc.sim import text
 
-USER = {"role": "user", "content": "Hello there"}
-
-
-def test_a_next_turn_begins_with_the_prompt_and_the_answer_of_the_last() -> None:
-    first = text.chat_prompt([USER])
-    said = text.answer(7, 33)
-    reply = {"role": "assistant", "content": said.decode()}
-    second = text.chat_prompt([USER, reply, {"role": "user", "content": "Go on"}])
-    assert second.startswith(first + said)
-
-
-def test_tools_come_before_messages() -> None:
-    tools = [{"type": "function", "function": {"name": "look"}}]
-    assert b"look" in text.chat_prompt([USER], tools)
-    assert text.chat_prompt([USER], tools).endswith(text.chat_prompt([USER]))
-
-
-@given(st.lists(st.text(), max_size=5))
-def test_pieces_become_whole_tokens(pieces: list[str]) -> None:
-    assert len(text.tokenized(pieces)) % text.TOKEN_BYTES == 0
-
-
-def test_parts_of_a_message_are_its_text_and_an_image_has_one_size() -> None:
-    def prompt(*parts: object) -> bytes:
-        return text.chat_prompt([{"role": "user", "content": list(parts)}])
-
-    assert prompt({"type": "text", "text": "Hello there"}) == text.chat_prompt([USER])
-    small, large = ({"type": "image_url", "image_url": {"url": "data:" + "x" * n}} for n in (10, 100_000))
-    assert len(prompt(small)) == len(prompt(large))
-    assert prompt(small) != prompt(large)
-
 
 def test_hashes_agree_up_to_the_block_that_differs() -> None:
     one, two = bytes(range(200)), bytes(range(150)) + bytes(50)
@@ -72,8 +41,3 @@ def test_lengths_follow_the_configured_mean_and_the_limit() -> None:
     assert min(drawn) >= 1
     assert drawn[:50] == [lengths.draw(seed, 100_000) for seed in range(50)]
     assert max(lengths.draw(seed, 20) for seed in range(50)) == 20
-
-
-def test_token_ids_are_tokens() -> None:
-    assert len(text.from_token_ids([1, 2, 3])) == 12
-    assert text.from_token_ids([1, 2]) != text.from_token_ids([2, 1])

@@ -48,13 +48,13 @@ USAGE: Final = {
 
 
 class Provider:
-    """Listens for the length of a block. What tests change while it runs: `fail_with`, `failure`, `held`, `cuts`, `key` and its header."""
+    """Listens for the length of a block. What tests change while it runs: `fail_with`, `failure`, `held`, `drops`, `cuts`, `key` and its header."""
 
-    def __init__(self, directory: Path, key: str | None = None, *, tls: bool = True, prefix: str = "") -> None:
-        """`directory` gets its certificate; without `key` it wants none; `prefix` stands before all its paths."""
+    def __init__(self, directory: Path, key: str | None = None, *, tls: bool = True, base: str = "/v1") -> None:
+        """`directory` gets its certificate; without `key` it wants none; `base` stands before all its paths."""
         self.port = free_port()
         self.key = key
-        self.prefix = prefix
+        self.base = base
         self.received: list[Received] = []
         """All requests, refused ones too."""
         self.fail_with: int | None = None
@@ -62,6 +62,8 @@ class Provider:
         self.failure = web.Response(text=f"<html>{ACCOUNT}</html>", content_type="text/html")
         """Headers and body of those."""
         self.key_header = "authorization"
+        self.drops = False
+        """Connections are reset where an answer is due."""
         self.cuts = False
         """Streams break off after their first event."""
         self.held: asyncio.Event | None = None
@@ -85,7 +87,7 @@ class Provider:
             "host": HOST,
             "port": self.port,
             "model": MODEL,
-            "path_prefix": self.prefix,
+            "base_path": self.base,
             **tls,
             **more,
         }
@@ -119,6 +121,8 @@ class Provider:
         self.received.append(Received(request.method, request.path_qs, headers, body))
         if self.held is not None:
             await self.held.wait()
+        if self.drops and request.transport is not None:
+            request.transport.abort()
         if self.fail_with is not None:
             headers = {**HEADERS, **self.failure.headers}
             headers.pop("content-length", None)
@@ -128,7 +132,7 @@ class Provider:
         if self.key is not None and headers.get(self.key_header, "").removeprefix("Bearer ") != self.key:
             return _error(401, f"Incorrect API key provided: {self.key}.", "invalid_api_key")
         asked = json.loads(body or b"{}")
-        if request.path != f"{self.prefix}/v1/chat/completions" or asked.get("model") != MODEL:
+        if request.path != f"{self.base}/chat/completions" or asked.get("model") != MODEL:
             return _error(404, "The model does not exist.", "model_not_found")
         if asked.get("stream"):
             usage = (asked.get("stream_options") or {}).get("include_usage", False)

@@ -25,7 +25,6 @@ __all__ = [
     "health_paths",
     "listed_models",
     "listed_parents",
-    "parse_vllm",
 ]
 
 ENGINES: Final[Mapping[str, Engine]] = {
@@ -40,8 +39,6 @@ CHOICES: Final[Mapping[str, tuple[Engine, ...]]] = {
     "none": (),
 }
 """What `pools[].engine` may say, and what its replicas may then be."""
-
-parse_vllm: Final = ENGINES["vllm"].parse
 
 
 def detect(page: bytes, engines: Iterable[Engine]) -> tuple[Engine, Sample] | None:

@@ -1,8 +1,9 @@
 """What `vllm:lora_requests_info` says of LoRA adapters. Pure.
 
 A gauge whose value is the time at which its labels held, and whose old labels stay on the page for ever: the latest series counts
-(vLLM 0.9 to 0.33, `vllm/v1/metrics/loggers.py`). It is there from the first request for an adapter on, and has no label of a rank,
-so that ranks behind one address cannot be told apart by it.
+(vLLM 0.9 to 0.33, `vllm/v1/metrics/loggers.py`). It is there from the first request on, and has no label of a rank, so that ranks
+behind one address cannot be told apart by it. 0.32 puts each adapter with a request that has begun into both lists, and none that
+only waits (`v1/metrics/stats.py`; seen on a running one).
 """
 
 from __future__ import annotations

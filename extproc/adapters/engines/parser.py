@@ -12,6 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import islice
 from typing import Final
 
 from extproc.adapters.engines.adapters import adapters_of
@@ -20,13 +21,17 @@ from extproc.core.types import Sample
 
 _MOST: Final = 2.0**53
 """Above it a double no longer counts by ones."""
+MOST_LINES: Final = 8192
+"""Wanted lines of one page; more are no engine's (64 ranks have 800 to 4,000), and would hold up the event loop at 5 us each."""
 _SELECTOR: Final = re.compile(r'(\w+)(?:\{(\w+="[^"]*")\}|\[(\w+)\])?')
 _FIGURES: Final = tuple(field.name for field in fields(Table) if field.type == "Figures")
 
 
 @dataclass(frozen=True, slots=True)
 class _Series:
-    """One line of a page: the labels as written, and the value as written."""
+    """One line of a page: the labels as written, with a comma before each, so that patterns for them begin with a literal and are
+    searched fast, and the value as written.
+    """
 
     labels: bytes
     value: bytes
@@ -61,10 +66,10 @@ def _term(selector: str) -> _Term:
     name, having, label = found.groups()
     return _Term(
         name.encode(),
-        re.compile(rb"(?:^|,)" + re.escape(having.encode())) if having else None,
+        re.compile(b"," + re.escape(having.encode())) if having else None,
         # What comes before the name keeps `hash_block_size` and its like out. Nine digits are more blocks than any engine has,
         # and keep int() off its limit of 4300 digits.
-        re.compile(rb'(?:^|,)%s="([1-9]\d{0,8})"' % label.encode()) if label else None,
+        re.compile(rb',%s="([1-9]\d{0,8})"' % label.encode()) if label else None,
     )
 
 
@@ -97,9 +102,9 @@ class _Read:
 
     @property
     def mean_share(self) -> float | None:
-        """Mean over ranks, whose caches are equally large; None outside 0 to 1."""
+        """Mean over ranks, whose caches are equally large; None where one is outside 0 to 1."""
         total = self.total
-        return total / len(self.numbers) if total is not None and total <= len(self.numbers) else None
+        return None if total is None or max(self.numbers) > 1.0 else total / len(self.numbers)
 
     @property
     def size(self) -> int | None:
@@ -145,13 +150,12 @@ class Engine:
         if self._adapters:
             wanted.add(self._adapters)
         # Begins with a literal, not with `^`: the latter is tried at each byte and costs six times as much.
-        self._line = re.compile(
-            rb"\n%s(%s)(?:\{(.*)\})? +(\S+)" % (re.escape(table.prefix.encode()), b"|".join(sorted(wanted)))
-        )
+        self._line = re.compile(rb"\n%s(%s)(?:\{(.*)\})? +(\S+)" % (table.prefix.encode(), b"|".join(sorted(wanted))))
         self._skip = re.compile(table.skip.encode()) if table.skip else None
         copies = "|".join(table.copies).encode()
-        self._copies = re.compile(rb'(?:^|,)(?:%s)="[^"]*"' % copies) if copies else None
-        self._rank = re.compile(rb'(?:^|,)%s="(\d{1,4})"' % table.rank.encode()) if table.rank else None
+        self._copies = re.compile(rb',(?:%s)="[^"]*"' % copies) if copies else None
+        self._rank = re.compile(rb',%s="(\d{1,2})"' % table.rank.encode()) if table.rank else None
+        self._marks = {figure.only_with for told in figures.values() for figure in told if figure.only_with}
 
     def __repr__(self) -> str:
         return f"<engine {self.name}>"
@@ -166,10 +170,10 @@ class Engine:
         Never raises; a figure that is absent or garbage is None.
         """
         lines = self._lines(page)
-        return self._sample(lines, page) if lines else None
+        return self._sample(lines, self._marks_on(page)) if lines else None
 
     def parse_ranks(self, page: bytes) -> dict[int, Sample]:
-        """What a page says of each data parallel rank, by its number; empty where it numbers none."""
+        """What a page says of each data parallel rank, by its number, 0 to 99; empty where it numbers none."""
         if self._rank is None:
             return {}
         ranks: defaultdict[int, defaultdict[bytes, list[_Series]]] = defaultdict(lambda: defaultdict(list))
@@ -177,20 +181,28 @@ class Engine:
             for line in series:
                 if found := self._rank.search(line.labels):
                     ranks[int(found[1])][name].append(line)
-        return {rank: self._sample(lines, page, len(ranks)) for rank, lines in sorted(ranks.items())}
+        marks = self._marks_on(page)
+        return {rank: self._sample(lines, marks, len(ranks)) for rank, lines in sorted(ranks.items())}
 
     def _lines(self, page: bytes) -> Mapping[bytes, list[_Series]]:
+        """None of them where there are too many: a part would look like less load."""
         series: defaultdict[bytes, list[_Series]] = defaultdict(list)
-        for name, labels, value in self._line.findall(b"\n" + page):
+        found = list(islice(self._line.finditer(b"\n" + page), MOST_LINES + 1))
+        for line in found if len(found) <= MOST_LINES else ():
+            name, labels, value = line.groups(b"")
+            labels = b"," + labels
             if self._skip is None or not self._skip.search(labels):
                 series[name].append(_Series(labels, value))
         return series
 
-    def _sample(self, lines: _Page, page: bytes, ranks: int = 1) -> Sample:
-        """`lines` are those of one of so many ranks, or of all."""
+    def _marks_on(self, page: bytes) -> frozenset[bytes]:
+        return frozenset(mark for mark in self._marks if mark in page)
+
+    def _sample(self, lines: _Page, marks: frozenset[bytes], ranks: int = 1) -> Sample:
+        """`lines` are those of one of so many ranks, or of all; `marks` what decides between alternatives, of what is on the page."""
 
         def read(name: str) -> _Read:
-            return self._read(name, lines, page)
+            return self._read(name, lines, marks)
 
         block_size = read("block_size").size
         prompt, generated = read("prompt_tokens"), read("generated_tokens")
@@ -210,10 +222,10 @@ class Engine:
             adapters=adapters_of(lines.get(self._adapters, ())) if self._adapters else None,
         )
 
-    def _read(self, name: str, lines: _Page, page: bytes) -> _Read:
+    def _read(self, name: str, lines: _Page, marks: frozenset[bytes]) -> _Read:
         for figure, (term, *more) in self._alternatives[name]:
             numbers = self._numbers(term, lines)
-            if figure.only_with in page if figure.only_with else numbers:
+            if figure.only_with in marks if figure.only_with else numbers:
                 # Where what it must have is not there yet, the rest is a part of it at most.
                 rest = [number for each in more for number in self._numbers(each, lines)] if numbers else []
                 return _Read([*numbers, *rest], figure)

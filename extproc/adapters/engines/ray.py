@@ -1,4 +1,5 @@
-"""Ray Serve LLM: vLLM whose metrics go through Ray, which cleans their names (`:` becomes `_`) and adds its own prefix and labels.
+"""Ray Serve LLM: vLLM whose metrics go through Ray, which cleans their names (`:` becomes `_`, but not in releases before about 2.48)
+and adds its own prefix and labels.
 
 Each node of a Ray cluster exports what runs on it, on a port of its own, while requests go to the one endpoint of Serve: where the
 pages are is said by `scrape.port` or by the label `metrics` of the replica. vLLM that uses Ray only to spread one engine over
@@ -19,7 +20,7 @@ from extproc.adapters.engines.vllm import VLLM
 RAY: Final = replace(
     VLLM,
     name="ray",
-    prefix="ray_vllm_",
+    prefix="ray_vllm[:_]",
     num_blocks=first("cache_config_info[num_gpu_blocks]"),
     # Releases differ in whether a counter ends in _total.
     prompt_tokens=first("prompt_tokens_total", "prompt_tokens"),

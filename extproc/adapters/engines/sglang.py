@@ -31,6 +31,7 @@ SGLANG: Final = Table(
             plus=(
                 "num_grammar_queue_reqs",
                 "num_prefill_bootstrap_queue_reqs",
+                "num_prefill_prealloc_queue_reqs",  # its older name
                 "num_decode_prealloc_queue_reqs",
                 "num_decode_transfer_queue_reqs",
             ),
@@ -51,6 +52,6 @@ SGLANG: Final = Table(
         "pp_rank",
         "moe_ep_rank",
     ),  # with --enable-metrics-for-all-schedulers each of them tells the same
-    skip=r'(?:^|,)priority="[^"]',  # with priority scheduling the whole stands under priority="", the parts under their numbers
+    skip=r',priority="[^"]',  # with priority scheduling the whole stands under priority="", the parts under their numbers
     needs="--enable-metrics",
 )

@@ -49,7 +49,7 @@ class Table:
 
     name: str
     prefix: str
-    """Of all its series, as written; begins every name and makes the scan fast."""
+    """Of all its series; begins every name. A regular expression, whose literal beginning makes the scan fast."""
     running: Figures = ()
     waiting: Figures = ()
     kv_usage: Figures = ()
@@ -71,7 +71,7 @@ class Table:
     copies: tuple[str, ...] = ()
     """Labels of ranks that tell the same twice (tensor parallel ones, say): of series that differ in these alone the largest counts."""
     skip: str = ""
-    """Regular expression for labels of series that are parts of another; they are passed over."""
+    """Regular expression for labels (with a comma before each) of series that are parts of another; they are passed over."""
     path: str = "/metrics"
     """Of its metrics page."""
     health: tuple[HealthPaths, ...] = field(default=(HealthPaths("/health"),))

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
@@ -36,6 +36,14 @@ SLICE_BLOCKS: Final = 256
 ROUNDS: Final = 20
 """Replays asked for in a row, as long as each brings something: vLLM's socket holds 1,000 messages and drops what is not taken fast
 enough. On a machine with every core busy twice over, a replay of 10,000 messages took 8."""
+LONGEST_REPLAY_S: Final = 60.0
+"""Then others have their turn. 10,000 messages take a second."""
+RESTARTS, RESTARTS_WITHIN_S = 5, 60.0
+"""No engine starts so often. Two that publish in one place seem to, with every message, and each time all is asked for again."""
+
+
+class ManyPublishersError(Exception):
+    """What comes cannot be of one engine."""
 
 
 class Replayed(StrEnum):
@@ -100,12 +108,14 @@ class Follower:
         counts: Counts | None = None,
         replay_timeout_s: float,
         siblings: Collection[Follower] = (),
+        turns: asyncio.Lock | None = None,
         lag: Callable[[float], None] = lambda _seconds: None,
         wall: Callable[[], float] = time.time,
     ) -> None:
         """`replay` opens a socket for one replay; None where there is nobody to ask. `counts` may be shared.
 
-        `siblings` are the ranks of this replica, perhaps with itself. `lag` gets the seconds from the engine's step to us, by two clocks.
+        `siblings` are the ranks of this replica, perhaps with itself. Of all that have the same `turns` one learns in a turn of the
+        event loop. `lag` gets the seconds from the engine's step to us, by two clocks.
         """
         self.place = place
         self.counts = counts or Counts()
@@ -118,7 +128,10 @@ class Follower:
         self._position = Position()
         self._processes = 1
         """Publishers met so far, one after the other."""
+        self._restarts: deque[float] = deque(maxlen=RESTARTS)
+        """The last ones, unix seconds."""
         self._again = self._confused = False
+        self._turns = turns or asyncio.Lock()
         self._budget = SLICE_BLOCKS
 
     def __repr__(self) -> str:
@@ -129,7 +142,7 @@ class Follower:
         self._again = True
 
     async def run(self) -> None:
-        """Follow until cancelled."""
+        """Follow until cancelled. Raises ManyPublishersError; what was told is void then."""
         try:
             while True:
                 got = await self._incoming.next()
@@ -207,7 +220,8 @@ class Follower:
         self._budget -= worth
         if self._budget <= 0:
             self._budget = SLICE_BLOCKS
-            await asyncio.sleep(0)
+            async with self._turns:
+                await asyncio.sleep(0)
 
     # --- replays ------------------------------------------------------------------------------------------------------
 
@@ -225,11 +239,11 @@ class Follower:
 
     async def _round(self, open_replay: Callable[[], Replay]) -> Replayed:
         """One replay, learned from as it comes."""
-        first = max(self._position.due - 1, 0)
-        with open_replay() as replay:
-            replay.ask(first)
-            beginning = True
-            while (frames := await replay.next(self._replay_timeout_s)) is not None:
+        now = asyncio.get_running_loop().time
+        async with open_replay() as replay:
+            replay.ask(max(self._position.due - 1, 0))
+            beginning, ends_at = True, now() + LONGEST_REPLAY_S
+            while now() < ends_at and (frames := await replay.next(self._replay_timeout_s)) is not None:
                 if len(frames) > 1 and frames[1] == wire.END:
                     return self._ended(beginning)
                 became = await self._replayed(frames, beginning)
@@ -303,6 +317,9 @@ class Follower:
         """Another process publishes there, with an empty cache."""
         self.counts.restarts += 1
         self._processes += 1
+        self._restarts.append(self._wall())
+        if len(self._restarts) == RESTARTS and self._restarts[-1] - self._restarts[0] < RESTARTS_WITHIN_S:
+            raise ManyPublishersError(f"began anew {RESTARTS} times within {RESTARTS_WITHIN_S:g} s")
         log.info("KV events of %s, rank %d: the engine began anew", self.place.address, self.place.rank)
         self._position.anew()
         self._selection.anew()

@@ -13,7 +13,7 @@ from random import Random
 from typing import Final
 
 from extproc.adapters.kv_events import sources
-from extproc.adapters.kv_events.follower import Counts, Follower, Incoming, Knowledge, Place
+from extproc.adapters.kv_events.follower import Counts, Follower, Incoming, Knowledge, ManyPublishersError, Place
 from extproc.adapters.kv_events.inbox import Inbox, Sorter
 from extproc.adapters.kv_events.sockets import Sockets, Subscriber
 from extproc.adapters.kv_events.sources import Source, SourcesError
@@ -30,6 +30,13 @@ RECHECK_S: Final = 30.0
 """Between two questions where a replica publishes: another process may have taken its place."""
 RETRY_S: Final = 2.0
 """After a question without an answer, a port that is taken, or a mistake of ours."""
+CONFUSED: Final = (
+    "KV events of %s, rank %d: %s; do two publish there, or are its replays another's? Tried again in %g s"
+)
+CONTESTED: Final = (
+    "KV events of %s in pool %s: %s is where %s publishes too, so neither is followed; "
+    "give each an endpoint of its own, by {host} or by its labels kv_events and kv_replay"
+)
 
 
 @dataclass(slots=True, eq=False)
@@ -42,6 +49,10 @@ class _Watched(Visited):
     followers: list[Follower] = field(default_factory=list)
     answer: str = ""
     """What was last said of where it publishes, so that it is said once."""
+    claims: frozenset[str] = frozenset()
+    """Endpoints that are its own, as far as is known."""
+    rival: str | None = None
+    """Another replica that claims one of them; then what comes from there is followed for neither."""
     pause_s: float = RECHECK_S
 
     @property
@@ -87,6 +98,7 @@ class Following(Rounds[_Watched]):
         self._learn, self._lag = learn, lag
         self._data_parallel = data_parallel or {}
         self._sockets = Sockets()
+        self._turns = asyncio.Lock()
         self._replicas: dict[tuple[str, str], Replica] = {}
         self._bound: dict[str, _Bound] = {}
         self.counts: defaultdict[str, Counts] = defaultdict(Counts)
@@ -112,7 +124,8 @@ class Following(Rounds[_Watched]):
         super().follow(change)
         self._replicas = {key: self._replicas[key] for key in self._tasks}
         for replica in _named(change):
-            if found := self._tasks.get((change.pool, replica.address)):
+            found = self._tasks.get((change.pool, replica.address))
+            if found is not None and found[0].replica != replica:
                 found[0].replica = replica
                 found[0].woken.set()
 
@@ -154,7 +167,8 @@ class Following(Rounds[_Watched]):
         found = await self._found(watched)
         if found is None:
             return
-        wanted = {(source, watched.settings) for source in found}
+        watched.claims = frozenset(e for source in found for e in (source.endpoint, source.replay) if e is not None)
+        wanted = set() if self._contested(watched) else {(source, watched.settings) for source in found}
         if gone := watched.lines.keys() - wanted:
             self._leave(watched, gone)
         for key in sorted(wanted - watched.lines.keys(), key=lambda key: key[0].rank):
@@ -172,7 +186,23 @@ class Following(Rounds[_Watched]):
                 self._close(found[0], line)
         super()._end(key)
 
-    def _leave(self, watched: _Watched, lines: Iterable[tuple[Source, KvEvents]]) -> None:
+    def _contested(self, watched: _Watched) -> bool:
+        """Whether another replica is said to publish in the same place: whose cache is told of there, nobody knows."""
+        rivals = (
+            each for each, _ in self._tasks.values() if each.address != watched.address and each.claims & watched.claims
+        )
+        rival = next(rivals, None)
+        before, watched.rival = watched.rival, None if rival is None else rival.address
+        if rival is None:
+            return False
+        if before is None:
+            shared = ", ".join(sorted(rival.claims & watched.claims))
+            log.warning(CONTESTED, watched.address, watched.pool, shared, rival.address)
+        if rival.lines:
+            rival.woken.set()
+        return True
+
+    def _leave(self, watched: _Watched, lines: Iterable[tuple[Source, KvEvents]] = ()) -> None:
         """Some publishers are there no more, or are to be followed in another way: what they told is void, and others tell theirs again."""
         for line in lines:
             self._close(watched, line)
@@ -241,14 +271,17 @@ class Following(Rounds[_Watched]):
     async def _line(self, watched: _Watched, source: Source, settings: KvEvents) -> None:
         """The life of one publisher's task: whatever fails begins again, with nothing known."""
         while True:
+            pause_s = RETRY_S
             try:
                 await self._followed(watched, source, settings)
             except OSError as e:
                 self._say(watched, f"{e.strerror}; tried again every {RETRY_S:g} s", logging.ERROR)
+            except ManyPublishersError as e:
+                pause_s = RECHECK_S
+                log.error(CONFUSED, watched.address, source.rank, e, pause_s)
             except Exception:
                 log.exception("KV events of %s, rank %d, failed", watched.address, source.rank)
-                self._forget(watched.pool, watched.address)
-            await asyncio.sleep(RETRY_S)
+            await asyncio.sleep(pause_s)
 
     async def _followed(self, watched: _Watched, source: Source, settings: KvEvents) -> None:
         place = self._place(watched, source.rank)
@@ -259,12 +292,16 @@ class Following(Rounds[_Watched]):
             self._learn,
             counts=self.counts[watched.pool],
             siblings=watched.followers if place.address == watched.address else (),
+            turns=self._turns,
             replay_timeout_s=settings.replay_timeout_s,
             lag=partial(self._lag, watched.pool),
         )
         watched.followers.append(follower)
         try:
             await follower.run()
+        except Exception:
+            self._leave(watched)
+            raise
         finally:
             watched.followers.remove(follower)
 

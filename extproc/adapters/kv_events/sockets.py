@@ -6,20 +6,23 @@ Plain sockets with our own wait for their file descriptor: pyzmq's asyncio socke
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
 from typing import Final, Self
 
 import zmq
 
 from extproc.adapters.kv_events.wire import SEQUENCE_BYTES
 
-MAX_MESSAGE_BYTES: Final = 64 * 1024 * 1024
-"""A publisher that sends more is cut off; a step that stores 128,000 tokens takes 0.7 MB."""
+MAX_MESSAGE_BYTES: Final = 16 * 1024 * 1024
+"""A publisher that sends more is cut off. A step that stores 128,000 tokens takes 0.7 MB; to read 16 MiB takes a quarter of a second."""
 RECONNECT_MS, LONGEST_RECONNECT_MS = 200, 5_000
 """Pause before a lost connection is tried again, doubled up to the longest."""
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 5_000, 15_000
 """So that a host that is gone without a word is noticed; TCP alone would take a quarter of an hour."""
 REPLAY_QUEUE: Final = 20_000
 """Messages of a replay that may wait here: twice what vLLM keeps. Its socket drops what does not fit, without a word."""
+REPLAYS_AT_ONCE: Final = 4
+"""They come faster than they are learned from, so each waits here as a whole, some 80 MB. One that nobody answers keeps its turn for seconds."""
 
 
 class Connected:
@@ -34,17 +37,18 @@ class Sockets:
 
     def __init__(self) -> None:
         self._context = zmq.Context(io_threads=1)
+        self._turns = asyncio.Semaphore(REPLAYS_AT_ONCE)
 
     def subscriber(self, endpoint: str, topic: str, most: int, *, bind: bool = False) -> Subscriber:
         """Listen to what is published under topics that begin with `topic`; at most `most` messages wait.
 
-        Raises OSError where it cannot bind.
+        Raises OSError where the port is taken, or where this is no endpoint.
         """
         return Subscriber(self._context, endpoint, topic, most, bind)
 
     def replay(self, endpoint: str) -> Replay:
-        """To be entered, and asked."""
-        return Replay(self._context, endpoint)
+        """To be entered, which takes until it is its turn and raises OSError where this is no endpoint; then to be asked."""
+        return Replay(self._context, endpoint, self._turns)
 
     def close(self) -> None:
         """Of what was opened here, nothing may be used any more."""
@@ -60,14 +64,11 @@ class Subscriber:
         self._socket = _opened(context, zmq.SUB, endpoint, most)
         self._news = None if bind else self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
         self._socket.subscribe(topic.encode())
-        if not bind:
-            self._socket.connect(endpoint)
-            return
         try:
-            self._socket.bind(endpoint)
-        except zmq.ZMQError as e:
+            _at(self._socket, endpoint, bind)
+        except OSError:
             self.close()
-            raise OSError(e.errno, f"cannot listen on {endpoint}: {e}") from None
+            raise
 
     def take(self) -> list[bytes] | Connected | None:
         """What is there; None where nothing is."""
@@ -92,16 +93,20 @@ class Subscriber:
 class Replay:
     """A DEALER that asks a publisher's ROUTER for its last messages: `async with sockets.replay(endpoint) as replay`."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
-        self._context, self._endpoint = context, endpoint
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, turns: asyncio.Semaphore) -> None:
+        self._context, self._endpoint, self._turns = context, endpoint, turns
 
-    def __enter__(self) -> Self:
-        self._socket = _opened(self._context, zmq.DEALER, self._endpoint, REPLAY_QUEUE)
-        self._socket.connect(self._endpoint)
+    async def __aenter__(self) -> Self:
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(self._turns)
+            self._socket = _opened(self._context, zmq.DEALER, self._endpoint, REPLAY_QUEUE)
+            stack.callback(self._socket.close, linger=0)
+            _at(self._socket, self._endpoint)
+            self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._socket.close(linger=0)
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
 
     def ask(self, first: int) -> None:
         """For the messages from this sequence number on."""
@@ -132,6 +137,13 @@ def _opened(context: zmq.Context[zmq.Socket[bytes]], kind: int, endpoint: str, m
     }.items():
         socket.setsockopt(option, value)
     return socket
+
+
+def _at(socket: zmq.Socket[bytes], endpoint: str, bind: bool = False) -> None:
+    try:
+        (socket.bind if bind else socket.connect)(endpoint)
+    except zmq.ZMQError as e:
+        raise OSError(e.errno, f"cannot {'listen on' if bind else 'connect to'} {endpoint}: {e.strerror}") from None
 
 
 def _received(socket: zmq.Socket[bytes]) -> list[bytes] | None:

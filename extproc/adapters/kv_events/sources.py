@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Final
 
 import orjson
 
-from extproc.config import KvEvents
+from extproc.config import KvEvents, zmq_endpoint
 from extproc.core.types import Replica
 
 PATH: Final = "/kv_event_sources"
@@ -17,6 +17,7 @@ LABEL, REPLAY_LABEL = "kv_events", "kv_replay"
 """Labels of a replica that name its endpoints instead of the pool's settings."""
 ANY_HOST: Final = frozenset({"*", "0.0.0.0", "[::]", "::"})
 MAX_RANKS: Final = 64
+LAST_PORT: Final = 65_535
 
 
 class SourcesError(Exception):
@@ -47,9 +48,14 @@ def configured(settings: KvEvents, replica: Replica, ranks: int = 1) -> tuple[So
 
 def _labelled(replica: Replica, label: str, otherwise: str | None) -> str | None:
     named = replica.labels.get(label)
-    if named is not None and re.fullmatch(r"tcp://[^*]+:\d{1,5}", named) is None:
-        raise SourcesError(f"label {label}: {named[:80]!r} is not tcp://host:port; write tcp://{{host}}:5557")
-    return otherwise if named is None else named
+    if named is None:
+        return otherwise
+    try:
+        if "*" in zmq_endpoint(named):
+            raise ValueError(f"{named!r} is where an engine listens; write tcp://{{host}}:5557")
+    except ValueError as e:
+        raise SourcesError(f"label {label}: {e}") from None
+    return named
 
 
 def told(body: bytes, address: str) -> tuple[Source, ...]:
@@ -64,7 +70,11 @@ def told(body: bytes, address: str) -> tuple[Source, ...]:
     if not isinstance(answer, dict) or len(answer) > MAX_RANKS:
         raise SourcesError(f"is not an object of at most {MAX_RANKS} ranks")
     host = address.rpartition(":")[0]
-    return tuple(_told(rank, each, host) for rank, each in sorted(answer.items()))
+    found = tuple(_told(rank, each, host) for rank, each in sorted(answer.items()))
+    for source, n in Counter(source.endpoint for source in found).items():
+        if n > 1:
+            raise SourcesError(f"names {source} for two ranks")
+    return found
 
 
 def _told(rank: str, source: Any, host: str) -> Source:
@@ -79,7 +89,7 @@ def _told(rank: str, source: Any, host: str) -> Source:
 def _of(endpoint: str, host: str) -> str:
     """The replica's own address in the place of any. No other host: a replica shall not send us elsewhere."""
     named, _, port = endpoint.removeprefix("tcp://").rpartition(":")
-    if not endpoint.startswith("tcp://") or not port.isdecimal() or int(port) == 0:
+    if not endpoint.startswith("tcp://") or not port.isdecimal() or not 0 < int(port) <= LAST_PORT:
         raise SourcesError(f"names {endpoint[:80]!r}, which is no tcp://host:port")
     if named not in ANY_HOST and named.strip("[]") != host.strip("[]"):
         raise SourcesError(

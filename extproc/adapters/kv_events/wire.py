@@ -1,23 +1,23 @@
 """Payloads of KV events, as vLLM 0.9 to 0.33 and SGLang 0.5 send them, without the names of those that nobody reads.
 
-A payload is MessagePack: `[unix seconds, [event, ...], data-parallel rank]`. Events are arrays that begin with their type until vLLM
-0.23, maps with the key `type` from 0.24 on and in SGLang. Fields that have their default may be left out; what a later release adds,
-at the end of an array or under a new name, is passed over, and so are events of types that are not known here.
+A payload is MessagePack: `[unix seconds, [event, ...], data-parallel rank]`; the rank is not read. Events are arrays that begin with their
+type until vLLM 0.23, maps with the key `type` from 0.24 on and in SGLang. Fields that have their default may be left out; what a later
+release adds, at the end of an array or under a new name, is passed over, and so are events of types that are not known here.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
-
-from extproc.core.types import BlockId
 
 SEQUENCE_BYTES: Final = 8
 END: Final = b"\xff" * SEQUENCE_BYTES
 """In the place of a sequence number: a replay is over."""
+MAX_EVENTS: Final = 65_536
+"""Of one message: a million tokens in blocks of 16, each told by itself. To read so many takes some 50 ms, in which nothing else is done."""
 STORED, REMOVED, CLEARED = "BlockStored", "BlockRemoved", "AllBlocksCleared"
 
 
@@ -44,11 +44,15 @@ def message(frames: list[bytes]) -> Message:
     return Message(frames[0], int.from_bytes(frames[1], "big"), frames[2])
 
 
+_Id = int | Annotated[bytes, msgspec.Meta(max_length=64)]
+"""`BlockId`. Ids are kept as long as the block is there, and the hashes in use have 8 to 32 bytes."""
+
+
 class Stored(msgspec.Struct, frozen=True, gc=False):
     """Blocks that the engine now holds. The order of the fields is that of the array form."""
 
-    block_hashes: tuple[BlockId, ...]
-    parent_block_hash: BlockId | None
+    block_hashes: tuple[_Id, ...]
+    parent_block_hash: _Id | None
     token_ids: tuple[int, ...]
     block_size: int
     lora_id: int | None = None
@@ -68,7 +72,7 @@ class Stored(msgspec.Struct, frozen=True, gc=False):
 class Removed(msgspec.Struct, frozen=True, gc=False):
     """Blocks that it gave up."""
 
-    block_hashes: tuple[BlockId, ...]
+    block_hashes: tuple[_Id, ...]
     medium: str | None = None
     group_idx: int | None = None
     locality: str | None = None
@@ -108,8 +112,7 @@ class _ClearedArray(Cleared, frozen=True, gc=False, array_like=True, tag=CLEARED
 
 class _Payload(msgspec.Struct, frozen=True, gc=False, array_like=True):
     ts: float
-    events: list[msgspec.Raw]
-    data_parallel_rank: int | None = None
+    events: Annotated[list[msgspec.Raw], msgspec.Meta(max_length=MAX_EVENTS)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +121,11 @@ class Batch:
 
     at: float
     """When the engine's step was done, unix seconds by its host's clock."""
-    rank: int
-    """Data-parallel rank of the publisher."""
     events: list[Event]
     unknown: int = 0
     """Events of types that are not known here."""
     malformed: int = 0
-    """Events of a known type whose fields are not those of it."""
+    """Events of stored blocks whose fields are not those of one."""
 
 
 _UNREADABLE: Final = (msgspec.MsgspecError, ValueError, RecursionError)
@@ -135,7 +136,10 @@ _array: Final = msgspec.msgpack.Decoder(_StoredArray | _RemovedArray | _ClearedA
 
 
 def decode(payload: bytes) -> Batch:
-    """Raises UndecodableError where it is no payload at all; a single bad event only counts as such."""
+    """Raises UndecodableError where it is no payload at all, or has an event that may tell of blocks that are gone, and cannot be read.
+
+    Stored blocks that cannot be read only count: less is known of the cache then, and nothing that is not there.
+    """
     try:
         read = _payload.decode(payload)
     except _UNREADABLE as e:
@@ -143,13 +147,18 @@ def decode(payload: bytes) -> Batch:
     if not math.isfinite(read.ts):
         raise UndecodableError(f"payload of {len(payload)} bytes: made at {read.ts}")
     events: list[Event] = []
-    unknown = 0
+    malformed = 0
     for raw in read.events:
         try:
             events.append((_array if _is_array(raw) else _map).decode(raw))
-        except _UNREADABLE:
-            unknown += not _is_known(raw)
-    return Batch(read.ts, read.data_parallel_rank or 0, events, unknown, len(read.events) - len(events) - unknown)
+        except _UNREADABLE as e:
+            kind = _kind(raw)
+            if kind in (None, REMOVED, CLEARED):
+                raise UndecodableError(
+                    f"payload of {len(payload)} bytes: {kind or 'an event without type'}: {e}"
+                ) from None
+            malformed += kind == STORED
+    return Batch(read.ts, events, len(read.events) - len(events) - malformed, malformed)
 
 
 def salt(event: Stored) -> str | None:
@@ -162,11 +171,11 @@ def _is_array(raw: msgspec.Raw) -> bool:
     return 0x90 <= first <= 0x9F or first in (0xDC, 0xDD)
 
 
-def _is_known(raw: msgspec.Raw) -> bool:
-    """Whether an event that cannot be read claims a type that could."""
+def _kind(raw: msgspec.Raw) -> str | None:
+    """The type that an event claims to be of; None where it claims none."""
     try:
         event = msgspec.msgpack.decode(raw)
     except _UNREADABLE:
-        return True
+        return None
     named = event.get("type") if isinstance(event, dict) else event[0] if isinstance(event, list) and event else None
-    return not isinstance(named, str) or named in (STORED, REMOVED, CLEARED)
+    return named if isinstance(named, str) else None

@@ -49,13 +49,19 @@ def load(settings: TokenizerConfig, now: Callable[[], datetime]) -> Model:
     """Read the folder. Raises ConfigError with the file and the remedy."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text, one thread: how many there are is configured
     path = settings.path
+    assert path is not None
     tokenizer = _tokenizer(path / "tokenizer.json")
-    config = _json(path / "tokenizer_config.json")
-    _add_tokens(tokenizer, config)
+    config = _config(path)
+    try:
+        _add_tokens(tokenizer, config)
+        special = _special_tokens(tokenizer, config)
+        choice = _choice(settings, config, now)
+    except (TypeError, ValueError, KeyError, AttributeError) as e:
+        raise ConfigError(f"{path}: tokenizer_config.json is not what transformers write: {e!r}") from None
+    tokenizer.encode_special_tokens = config.get("split_special_tokens") is True
     before, after = _around(tokenizer)
-    special = _special_tokens(config, _json(path / "special_tokens_map.json"))
     templates = Templates(
-        _choice(settings, config, now),
+        choice,
         special,
         settings.template_values,
         None if settings.content_format == "auto" else ContentFormat(settings.content_format),
@@ -73,6 +79,12 @@ def _tokenizer(path: Path) -> Tokenizer:
     found.no_truncation()
     found.no_padding()
     return found
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """What the tokenizer is told beside its own file. A file of older models speaks where that one has no tokens."""
+    config = _json(path / "tokenizer_config.json")
+    return config if "added_tokens_decoder" in config else config | _json(path / "special_tokens_map.json")
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -98,11 +110,39 @@ def _add_tokens(tokenizer: Tokenizer, config: Mapping[str, Any]) -> None:
     known = {index: _flags(each) for index, each in tokenizer.get_added_tokens_decoder().items()}
     listed = config.get("added_tokens_decoder") or {}
     for index, each in sorted((int(key), value) for key, value in listed.items()):
-        token = AddedToken(**{key: each[key] for key in ("content", *_FLAGS) if key in each})
+        token = _token(each)
         if known.get(index) != _flags(token):
             (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
 
 
+def _special_tokens(tokenizer: Tokenizer, config: Mapping[str, Any]) -> dict[str, str]:
+    """`bos_token` and the like by name. Those, and further ones without a name, become tokens where they are none yet."""
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or ()
+    named = {**config, **extra} if isinstance(extra, dict) else config
+    tokens = {key: _token(value) for key, value in named.items() if key.endswith("_token") and _is_token(value)}
+    known = {each.content for each in tokenizer.get_added_tokens_decoder().values()}
+    in_order = [*(tokens[key] for key in _NAMED if key in tokens), *tokens.values()]
+    for token in [*in_order, *(map(_token, extra) if not isinstance(extra, dict) else ())]:
+        if token.content not in known:
+            token.special = True
+            tokenizer.add_special_tokens([token])
+            known.add(token.content)
+    return {key: token.content for key, token in tokens.items()}
+
+
+def _is_token(value: object) -> bool:
+    return isinstance(value, str) or (isinstance(value, dict) and isinstance(value.get("content"), str))
+
+
+def _token(value: str | Mapping[str, Any]) -> AddedToken:
+    """Written as its text, or with its flags."""
+    if isinstance(value, str):
+        return AddedToken(value, special=True, normalized=False)
+    return AddedToken(**{key: value[key] for key in ("content", *_FLAGS) if key in value})
+
+
+_NAMED: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""In the order in which they get their ids."""
 _FLAGS: Final = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -119,17 +159,6 @@ def _around(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(whole[:at]), tuple(whole[at + len(bare) :])
 
 
-def _special_tokens(*sources: Mapping[str, Any]) -> dict[str, str]:
-    """`bos_token` and the like, the first source last to speak."""
-    found = {}
-    for source in reversed(sources):
-        for key, value in source.items():
-            content = value.get("content") if isinstance(value, dict) else value
-            if key.endswith("_token") and isinstance(content, str):
-                found[key] = content
-    return found
-
-
 # --- chat templates ---------------------------------------------------------------------------------------------------
 
 
@@ -138,6 +167,7 @@ def _choice(
 ) -> Callable[[bool], ChatTemplate | None]:
     """Which template is for a request, with or without tools."""
     path = settings.path
+    assert path is not None
     if _json(path / "config.json").get("model_type") in BY_CODE:
         return lambda _tools: None
     if settings.chat_template is not None:
@@ -168,7 +198,7 @@ def _sources(path: Path, config: Mapping[str, Any]) -> dict[str, tuple[Path, str
 def _compiled(path: Path, source: str, now: Callable[[], datetime]) -> ChatTemplate:
     try:
         found = ChatTemplate(source, now)
-        _ = found.content_format, found.variables  # parsed now, and not with the first request
+        _ = found.content_format  # found out now, and not with the first request
     except TemplateError as e:
         raise ConfigError(f"{path}: the chat template cannot be read: {e}") from None
     return found

@@ -27,6 +27,9 @@ from tokenizers import Tokenizer
 
 MAX_CUTS: Final = 16_384
 """Of one text; what follows is one piece."""
+MAX_PIECE: Final = 1 << 20
+"""Bytes of UTF-8 of one piece, a quarter of a million tokens of English, and of those that are tokenized at once: the library takes up
+150 to 300 bytes a token meanwhile, 180 MB at most."""
 PIECE_BYTES: Final = 200
 """What keeping a piece takes beside its text and its ids."""
 CHARACTER_BYTES: Final = 4
@@ -97,15 +100,15 @@ class Pieces:
         return f"<tokenizer cut at {len(self._cuttable)} tokens, {self.cache!r}>"
 
     def ids(self, text: str) -> Ids:
-        """Token ids of the text, without what is put around it. Raises UnicodeEncodeError for half a surrogate pair."""
-        if self.cache is None:
-            [found] = self._encoded([text])
-            return found
+        """Token ids of the text, without what is put around it.
+
+        Raises UnicodeEncodeError for half a surrogate pair, OverflowError where a piece is too large.
+        """
         pieces = list(self.cut(text))
-        known = self.cache.find(pieces)
+        known = self.cache.find(pieces) if self.cache is not None else [None] * len(pieces)
         missing = list(dict.fromkeys(piece for piece, ids in zip(pieces, known, strict=True) if ids is None))
-        new = dict(zip(missing, self._encoded(missing), strict=True)) if missing else {}
-        if new:
+        new = dict(zip(missing, self._encoded(missing), strict=True))
+        if new and self.cache is not None:
             self.cache.keep(list(new), list(new.values()))
         whole = array(_CODE)
         for piece, ids in zip(pieces, known, strict=True):
@@ -127,15 +130,35 @@ class Pieces:
         if start < len(text):
             yield text[start:]
 
-    def _encoded(self, texts: list[str]) -> list[Ids]:
-        """In a batch even if it is one: only this lets other threads run meanwhile."""
-        found: Sequence[Any] = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [array(_CODE, each.ids) for each in found]
+    def _encoded(self, pieces: Sequence[str]) -> Iterator[Ids]:
+        """In batches even if it is one piece: only this lets other threads run meanwhile."""
+        for batch in _batches(pieces):
+            found: Sequence[Any] = self._tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+            yield from (array(_CODE, each.ids) for each in found)
+
+
+def _batches(pieces: Sequence[str]) -> Iterator[list[str]]:
+    """Of `MAX_PIECE` at most. Raises OverflowError where one piece is larger, UnicodeEncodeError for half a surrogate pair."""
+    batch: list[str] = []
+    room = MAX_PIECE
+    for piece in pieces:
+        size = len(piece.encode())
+        if size > MAX_PIECE:
+            raise OverflowError(f"a piece of {size} bytes")
+        if size > room:
+            yield batch
+            batch, room = [], MAX_PIECE
+        batch.append(piece)
+        room -= size
+    if batch:
+        yield batch
 
 
 def _marks(tokenizer: Tokenizer) -> tuple[re.Pattern[str] | None, frozenset[str]]:
     """What finds the added tokens in raw text, and those before which it may be cut."""
-    raw = [each for each in tokenizer.get_added_tokens_decoder().values() if not each.normalized and each.content]
+    tokens = [each for each in tokenizer.get_added_tokens_decoder().values() if each.content]
+    looked_for = [each for each in tokens if not (each.special and tokenizer.encode_special_tokens)]
+    raw = [each for each in looked_for if not each.normalized]
     cuttable = frozenset(each.content for each in raw if not each.lstrip)
     if not cuttable or any(each.single_word for each in raw):
         return None, frozenset()

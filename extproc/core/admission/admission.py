@@ -7,8 +7,9 @@ it routes, refuses, or says that there is no room. So what is decided here holds
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Final
 
 from extproc.core.admission.drain import Drain
@@ -24,10 +25,12 @@ Place = Callable[[Entry], Route | Reject | None]
 """Routes the request, which opens a flight, or refuses it; None while there is no room for it."""
 Turned = tuple[Entry, Route | Reject]
 """The end of a wait."""
+Reach = Callable[[Request], Hashable]
+"""Names the members that may have the request: equal for requests with the same, None for all of the pool."""
 
 LOOK_AHEAD: Final = 64
-"""So many may be passed over in one round because their subset hint leaves them no free replica. Those behind do not wait for
-them; more would make a round dear, and they leave by their deadline at the latest."""
+"""So many may be tried in vain in one round, each for other replicas or another LoRA adapter. Those behind do not wait for them; more
+would make a round dear, and they leave by their deadline at the latest."""
 RECENT_S: Final = 30.0
 """After the queue was last seen so long what is sent off is still charged: about the life of an answer. Near saturation a queue
 comes and goes within seconds, and who took the places while there was none is not forgotten. Without a queue for longer
@@ -170,12 +173,12 @@ class Admission:
 
     # --- turns --------------------------------------------------------------------------------------------------------
 
-    def turns(self, now: float, place: Place, absent: bool) -> list[Turned]:
+    def turns(self, now: float, place: Place, absent: bool, reach: Reach = attrgetter("subset")) -> list[Turned]:
         """The waits that end now, each entry out of the queue. `absent`: no member can be reached, so none is tried."""
         ended, self._displaced = self._displaced, []
         ended += self._overdue(now, absent)
         if not absent:
-            ended += self._dispatch(now, place)
+            ended += self._dispatch(now, place, reach)
         return ended
 
     def plan(self, now: float, crosses_at: float | None) -> None:
@@ -224,49 +227,46 @@ class Admission:
         first = next(iter(self.queue))
         return max(first.arrived_at, self._absent_since) + self.settings.absent_wait_s
 
-    def _dispatch(self, now: float, place: Place) -> list[Turned]:
+    def _dispatch(self, now: float, place: Place, reach: Reach) -> list[Turned]:
         """Place one after the other until there is no room. Each takes its room in the same call, so it is never given twice."""
         ended: list[Turned] = []
-        blocked: set[frozenset[str] | None] = set()
-        while self.queue and (turned := self._next(now, place, blocked)) is not None:
+        blocked: set[Hashable] = set()
+        while self.queue and (turned := self._next(now, place, reach, blocked)) is not None:
             self._remove(turned[0], now)
             ended.append(turned)
         return ended
 
-    def _next(self, now: float, place: Place, blocked: set[frozenset[str] | None]) -> Turned | None:
-        """The first in order that can be placed. `blocked`: subsets, None for all members, in which nothing is free any more."""
-        if (turned := self._starved(now, place, blocked)) is not None:
+    def _next(self, now: float, place: Place, reach: Reach, blocked: set[Hashable]) -> Turned | None:
+        """The first in order that can be placed. `blocked`: among whom nothing is free any more; None for all members."""
+        if (turned := self._starved(now, place, reach, blocked)) is not None:
             return turned
-        for looked, entry in enumerate(self.queue.order()):
-            if None in blocked or looked >= LOOK_AHEAD:
+        tried = 0
+        for entry in self.queue.order():
+            if None in blocked or tried >= LOOK_AHEAD:
                 return None
-            if (verdict := self._try(entry, place, blocked)) is not None:
+            if (among := reach(entry.request)) in blocked:
+                continue
+            if (verdict := place(entry)) is not None:
                 return entry, verdict
+            blocked.add(among)
+            tried += 1
         return None
 
-    def _starved(self, now: float, place: Place, blocked: set[frozenset[str] | None]) -> Turned | None:
+    def _starved(self, now: float, place: Place, reach: Reach, blocked: set[Hashable]) -> Turned | None:
         """One that waited too long, ahead of those of higher priority, while such requests have a share left."""
         if self._credit <= 0 or None in blocked:
             return None
         entry = self.queue.starved(now - self.settings.starved_after_s)
         if entry is None:
             return None
-        before = self.sent_tokens
-        verdict = self._try(entry, place, blocked)
+        before, among = self.sent_tokens, reach(entry.request)
+        verdict = place(entry) if among not in blocked else None
         if verdict is None:
+            blocked.add(among)
             return None
         self._credit -= self.sent_tokens - before
         self.starved_tokens += self.sent_tokens - before
         return entry, verdict
-
-    def _try(self, entry: Entry, place: Place, blocked: set[frozenset[str] | None]) -> Route | Reject | None:
-        subset = entry.request.subset
-        if subset in blocked:
-            return None
-        verdict = place(entry)
-        if verdict is None:
-            blocked.add(subset)
-        return verdict
 
     def _refuse(self, entry: Entry, why: Refusal, now: float) -> Turned:
         reject = self.reject(why, entry.request, now)

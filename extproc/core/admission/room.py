@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Final
 
@@ -32,7 +33,13 @@ class Room:
         return f"<room {self._places}>"
 
     def wait_s(self, ask: Ask, member: Member, now: float) -> float:
-        """Predicted seconds until the replica turns to the request, were it sent there now."""
+        """Predicted seconds until the replica turns to the request, were it sent there now.
+
+        Infinite where all slots for LoRA adapters are in use by others: whoever waits for one here goes to the first that becomes free,
+        wherever that is. Sent to the one that was expected to be first, such requests waited twice as long (docs/lora.md).
+        """
+        if ask.adapter is not None and not member.has_slot(ask.adapter, now):
+            return math.inf
         backlog_s = member.backlog_s(now)
         sample = member.fresh(now)
         if sample is None:

@@ -6,6 +6,8 @@ import math
 from collections import deque
 from typing import Final
 
+from extproc.core.record import record
+
 SLICE_S: Final = 3600.0
 """What is spent is added up by the hour, and forgotten by the hour: a bound for any 24 hours, held to within one of them."""
 SLICES: Final = 24
@@ -50,3 +52,42 @@ class Budget:
     def _forget(self, hour: int) -> None:
         while self._slices and self._slices[0][0] <= hour - SLICES:
             self._slices.popleft()
+
+
+@record
+class Cost:
+    """Of one request."""
+
+    dollars: float
+    tokens: float
+
+
+@record
+class Bounds:
+    """What may be spent in a day; None is no bound."""
+
+    dollars: float | None = None
+    tokens: float | None = None
+
+
+class Purse:
+    """What one tenant, or all together, may spend on a provider."""
+
+    def __init__(self, bounds: Bounds) -> None:
+        self.dollars = Budget(bounds.dollars)
+        self.tokens = Budget(bounds.tokens)
+
+    def bound(self, bounds: Bounds) -> None:
+        """Go on with other bounds."""
+        self.dollars.limit, self.tokens.limit = bounds.dollars, bounds.tokens
+
+    def lacks(self, cost: Cost, now: float) -> Budget | None:
+        """The budget that this would exceed."""
+        if not self.dollars.allows(cost.dollars, now):
+            return self.dollars
+        return None if self.tokens.allows(cost.tokens, now) else self.tokens
+
+    def spend(self, cost: Cost, now: float) -> None:
+        """So much more; less than nothing for what was reserved and not used."""
+        self.dollars.spend(cost.dollars, now)
+        self.tokens.spend(cost.tokens, now)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from itertools import groupby
+from functools import partial
+from typing import Final
 
 from xxhash import xxh3_64_intdigest
 
-from extproc.core.catalog.rules import meets
-from extproc.core.catalog.settings import CatalogSettings, Model, Sticky, Target, When
+from extproc.core.catalog.rules import may_ask, meets
+from extproc.core.catalog.settings import CatalogSettings, Estimate, Model, Sticky, Target, When
 from extproc.core.catalog.shares import Group
 from extproc.core.types import Blocks, Request
 
 SizeAt = Callable[[Target], tuple[float, float]]
 """Expected prompt tokens and output tokens of one sample, as that target counts them."""
+TOKENS_PER_WORD: Final = 1.3
+"""The rule of thumb for English text; see `Estimate.WORDS`."""
 Draw = Callable[[], int]
 """64 random bits, for what is not sticky."""
 
@@ -26,17 +30,17 @@ class Catalog:
         self.models = settings.models
         self._models = {name: model for model in settings.models for name in (model.name, *model.aliases)}
         self._groups = {model.name: _groups(model.targets) for model in settings.models}
+        self._aimed_at: defaultdict[tuple[str, str | None], list[Target]] = defaultdict(list)
+        """By pool and name there, and under None all of the pool."""
+        for target in (target for model in settings.models for target in (*model.targets, *model.fallback)):
+            self._aimed_at[target.place].append(target)
+            self._aimed_at[target.to, None].append(target)
 
     def __repr__(self) -> str:
         return f"<catalog of {', '.join(model.name for model in self.models) or 'nothing'}>"
 
     def __len__(self) -> int:
         return len(self.models)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """What clients may ask for, aliases included."""
-        return tuple(self._models)
 
     def find(self, name: str | None) -> Model | None:
         """The model with this name or alias."""
@@ -47,32 +51,69 @@ class Catalog:
 
         The group of the first rule that it meets, its own share first, then those fallbacks whose rule it meets.
         """
-        for when, group in self._groups[model.name]:
-            targets = group.targets
-            if meets(when, request, lambda: size(targets[0])):  # noqa: B023  # asked at once
-                first = list(targets) if len(targets) == 1 else group.ranked(_key(model.sticky, request, draw))
-                return [*first, *self.fallbacks(model, request, size)]
-        return []
-
-    def fallbacks(self, model: Model, request: Request, size: SizeAt) -> Iterable[Target]:
-        """Those that the request may use."""
-        return (target for target in model.fallback if meets(target.when, request, lambda: size(target)))  # noqa: B023
+        group = self._group(model, request, size)
+        if group is None:
+            return []
+        alone = len(group.targets) == 1
+        first = group.targets if alone else group.ranked(_key(model.sticky, request, draw))
+        return _once([*first, *_fallbacks(model, request, size)]) if model.fallback else list(first)
 
     def after(self, target: Target, request: Request, size: SizeAt) -> list[Target]:
-        """Where a request may go that waited for this target in vain: the others of its group by weight, then fallbacks."""
+        """Where a request may go that waited for this target in vain: the others of its group by weight, then fallbacks.
+
+        By the rules as they are now: weights may have changed while it waited, and the target itself may be gone.
+        """
         model = self._models.get(target.model)
         if model is None:  # no longer configured
             return []
-        group = next((group.targets for _, group in self._groups[model.name] if target in group.targets), ())
-        others = sorted((other for other in group if other.weight > 0), key=lambda other: -other.weight)
-        return [other for other in (*others, *self.fallbacks(model, request, size)) if other != target]
+        group = self._group(model, request, size)
+        others = sorted(group.targets, key=lambda other: -other.weight) if group is not None else ()
+        ways = [*(other for other in others if other.weight > 0), *_fallbacks(model, request, size)]
+        return [way for way in _once(ways) if way.place != target.place]
+
+    def open_to(self, pool: str, name: str | None, who: Request) -> bool:
+        """Whether this client may ask the pool itself, under a name that no model has; None is no name at all.
+
+        A pool that is only a target of rules for certain tenants is theirs. Where the name is what a target calls its model there, that
+        target's rule counts, and not what other models in the same pool are open to.
+        """
+        targets = self._aimed_at.get((pool, name)) or self._aimed_at.get((pool, None), [])
+        return not targets or any(may_ask(target.when, who) for target in targets)
+
+    def _group(self, model: Model, request: Request, size: SizeAt) -> Group | None:
+        """Of the first rule that the request meets, in sizes as its first target counts them."""
+        for when, group in self._groups[model.name]:
+            if meets(when, request, partial(_sized, model, request, size, group.targets[0])):
+                return group
+        return None
 
 
 def _groups(targets: tuple[Target, ...]) -> tuple[tuple[When, Group], ...]:
     """Rules in the order in which they first stand, each with all of its targets."""
-    order = list(dict.fromkeys(target.when for target in targets))
-    by_rule = sorted(targets, key=lambda target: order.index(target.when))
-    return tuple((when, Group(tuple(group))) for when, group in groupby(by_rule, key=lambda target: target.when))
+    by_rule: defaultdict[When, list[Target]] = defaultdict(list)
+    for target in targets:
+        by_rule[target.when].append(target)
+    return tuple((when, Group(group)) for when, group in by_rule.items())
+
+
+def _fallbacks(model: Model, request: Request, size: SizeAt) -> Iterable[Target]:
+    """Those that the request may use."""
+    return (each for each in model.fallback if meets(each.when, request, partial(_sized, model, request, size, each)))
+
+
+def _sized(model: Model, request: Request, size: SizeAt, target: Target) -> tuple[float, float]:
+    prompt_tokens, output_tokens = size(target)
+    if model.estimate is Estimate.WORDS and request.prompt_words is not None:
+        prompt_tokens = TOKENS_PER_WORD * request.prompt_words
+    return prompt_tokens, output_tokens
+
+
+def _once(targets: list[Target]) -> list[Target]:
+    """A fallback that is also a target is asked as the one that comes first."""
+    first: dict[tuple[str, str], Target] = {}
+    for target in targets:
+        first.setdefault(target.place, target)
+    return list(first.values())
 
 
 def _key(sticky: Sticky, request: Request, draw: Draw) -> bytes:

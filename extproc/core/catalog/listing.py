@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from extproc.core.catalog.catalog import Catalog
 from extproc.core.catalog.providers import Provider
 from extproc.core.catalog.rules import may_ask
 from extproc.core.catalog.settings import Model
+from extproc.core.fleet import Member
 from extproc.core.pool import Pool
 from extproc.core.record import record
 from extproc.core.types import Request
@@ -26,26 +27,31 @@ class Listed:
 
 def listed(
     catalog: Catalog, pools: Mapping[str, Pool], providers: Mapping[str, Provider], who: Request, now: float
-) -> tuple[Listed, ...]:
-    """Names that `who` may ask for and that somebody is there to serve: those of the catalog first, then what pools and replicas name."""
+) -> Iterator[Listed]:
+    """Names that `who` may ask for and that somebody is there to serve, each once: those of the catalog first, then what pools and replicas name."""
     there = {name for name, pool in pools.items() if _serves(pool, now)} | providers.keys()
-    found = {
-        name: Listed(name, model.name)
-        for model in catalog.models
-        if _open(model, there, who)
-        for name in (model.name, *model.aliases)
-    }
-    for name in (name for name in pools if name in there):
-        parents = pools[name].parents
-        for model in pools[name].models:
-            if catalog.find(model) is None:
-                found.setdefault(model, Listed(model, model, parents.get(model)))
-    return tuple(found.values())
+    for model in catalog.models:
+        if _open(model, there, who):
+            yield from (Listed(name, model.name) for name in (model.name, *model.aliases))
+    told: set[str] = set()
+    for pool in (pools[name] for name in pools if name in there):
+        members = pool.fleet.members
+        for name in pool.models:
+            if name not in told and catalog.find(name) is None and catalog.open_to(pool.settings.name, name, who):
+                told.add(name)
+                yield Listed(name, name, _parent(members, name))
+
+
+def _parent(members: Iterable[Member], name: str) -> str | None:
+    for member in members:
+        if name in member.parents:
+            return member.parents[name]
+    return None
 
 
 def _open(model: Model, there: set[str], who: Request) -> bool:
     """Whether any request of this client could be served. Other rules than those on who asks depend on the request."""
-    mine = [target for target in model.targets if may_ask(target.when, who)]
+    mine = [target for target in model.targets if target.weight > 0 and may_ask(target.when, who)]
     if not mine:
         return False
     backup = [target for target in model.fallback if may_ask(target.when, who)]

@@ -15,6 +15,13 @@ class Sticky(StrEnum):
     REQUEST = "request"
 
 
+class Estimate(StrEnum):
+    """How the prompt tokens of a request are counted for rules."""
+
+    LEARNED = "learned"
+    WORDS = "words"
+
+
 @record
 class When:
     """A rule: a request meets it when all that is named here holds. What is not named does not matter."""
@@ -63,6 +70,11 @@ class Target:
     """Label in metrics."""
     when: When = ANYTHING
 
+    @property
+    def place(self) -> tuple[str, str]:
+        """Pool or provider, and the name there: what two targets have in common that are the same to a request."""
+        return self.to, self.engine
+
 
 @record
 class Model:
@@ -73,6 +85,7 @@ class Model:
     aliases: tuple[str, ...] = ()
     fallback: tuple[Target, ...] = ()
     """In this order, where no target can serve the request."""
+    estimate: Estimate = Estimate.LEARNED
     sticky: Sticky = Sticky.SESSION
 
 
@@ -89,6 +102,10 @@ class ProviderSettings:
     """Most in 24 hours; None for no bound."""
     daily_tokens: float | None = None
     """Prompt and output tokens, likewise."""
+    tenant_dollars: float | None = None
+    """As `daily_dollars`, for each tenant; requests without one count as those of one."""
+    tenant_tokens: float | None = None
+    """Likewise."""
 
 
 @record

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
+from itertools import islice
 from typing import Final
 
 from extproc.core.admission.admission import Admission, Work
@@ -45,6 +46,10 @@ ELSEWHERE: Final = frozenset(
     }
 )
 """Refusals of one option after which the next is tried. The others are of the request or of this process."""
+TOLD: Final = 20
+"""Names that a refusal brings along: replicas may list thousands of adapters, and a client may ask for what there is not as often as it likes."""
+VACANT: Final = frozenset({Refusal.NO_REPLICAS, Refusal.SUBSET_EMPTY, Refusal.ABSENT, Refusal.BUDGET})
+"""Those of an option that has nobody to wait for."""
 USELESS: Final = frozenset({State.OPEN, State.DRAINING, State.GONE})
 """States of replicas that get requests only for want of others."""
 
@@ -68,7 +73,8 @@ class Steering:
         self.catalog = Catalog(settings)
         before, self.providers = self.providers, {}
         for each in settings.providers:
-            provider = self.providers[each.name] = before.get(each.name) or Provider(each)
+            known = before.get(each.name)  # which is false while nothing is in flight there
+            provider = self.providers[each.name] = Provider(each) if known is None else known
             provider.configure(each)
 
     def place(self, name: str) -> Place:
@@ -78,19 +84,15 @@ class Steering:
 
     def options(self, request: Request, draw: Draw) -> list[Option]:
         """Where the request may go; empty where its model is not known, or not for it."""
-        if request.model is None:
-            return [(self._first, None)]
         model = self.catalog.find(request.model)
         if model is None:
-            pool = self._pool_of(request.model)
+            pool = self._pool_of(request.model, request)
             return [] if pool is None else [(pool, None)]
         targets = self.catalog.targets(model, request, lambda target: self._size(target, request), draw)
         return [(self.place(target.to), target) for target in targets]
 
     def reachable(self, model: str | None) -> list[tuple[Pool, str | None]]:
         """Every pool where a request for the model may go, whatever the rules say of it, and what the model is called there."""
-        if model is None:
-            return [(self._first, None)]
         known = self.catalog.find(model)
         if known is None:
             pool = self._pool_of(model)
@@ -116,21 +118,27 @@ class Steering:
     def unknown(self, request: Request, now: float) -> Reject:
         """The refusal of a request without options."""
         if len(self.catalog):
-            names = tuple(each.name for each in self.listed(request, now))
-            return Reject(Refusal.MODEL_NOT_FOUND, request.model, names)
+            known = listed(self.catalog, self._pools, self.providers, request, now)
+            return Reject(Refusal.MODEL_NOT_FOUND, request.model, tuple(each.name for each in islice(known, TOLD)))
         names = tuple(model for pool in self._pools.values() for model in pool.models)
         return Reject(Refusal.UNKNOWN_MODEL, request.model, names)
 
     def listed(self, who: Request, now: float) -> tuple[Listed, ...]:
         """What this client can ask for at present."""
-        return listed(self.catalog, self._pools, self.providers, who, now)
+        return tuple(listed(self.catalog, self._pools, self.providers, who, now))
 
-    def _pool_of(self, model: str) -> Pool | None:
+    def _pool_of(self, model: str | None, who: Request | None = None) -> Pool | None:
+        """The first that has a name which the catalog has not, and leaves it to `who`; None for anybody."""
+        open_to = self.catalog.open_to
+        return next((p for p in self._naming(model) if who is None or open_to(p.settings.name, model, who)), None)
+
+    def _naming(self, model: str | None) -> Iterable[Pool]:
+        if model is None:
+            return (self._first,)
+        pools = self._pools.values()
         if len(self.catalog):  # then only what somebody names is known
-            return next((pool for pool in self._pools.values() if model in pool.models), None)
-        if len(self._pools) == 1:
-            return self._first if self._first.serves(model) else None
-        return next((pool for pool in self._pools.values() if pool.serves(model)), None)
+            return (pool for pool in pools if pool.names(model))
+        return (pool for pool in pools if pool.serves(model))
 
     def _size(self, target: Target, request: Request) -> tuple[float, float]:
         return self.place(target.to).size(request, target.engine)
@@ -142,9 +150,9 @@ def useless(members: Sequence[Member], now: float) -> bool:
 
 
 def serves(place: Place, request: Request, now: float) -> bool:
-    """Whether there is anybody who would take such a request, sooner or later."""
+    """Whether there is anybody who would take such a request, aimed there, sooner or later."""
     if isinstance(place, Provider):
-        return not place.absent(now)
+        return place.refusal(request, now) is None
     members = place.candidates(request, now)
     return bool(members) and not useless(members, now)
 

@@ -55,9 +55,9 @@ RANKED_HEADERS = (
 )
 """The same where replicas have data parallel ranks; with tenants the last two of theirs come in addition."""
 
-APART_HEADER = "x-pref[a-z-]*"
-"""In place of that of ranks where prefill and decode are apart."""
-EITHER_HEADER = "x-[dp][a-z-]*"
+APART_HEADER = "x-[lp][a-z-]*"
+"""In place of that of ranks where prefill and decode are apart: both names of that header would be too long."""
+EITHER_HEADER = "x-[dlp][a-z-]*"
 """Where one pool has ranks, and another has them apart: both by their names would be too long."""
 
 
@@ -81,7 +81,7 @@ def drop_control_headers(config: Config) -> core.TypedExtensionConfig:
     if _ranked(config):
         ours.append(names.RANK_HEADER)
     if _apart(config):
-        ours.append(names.PREFILLER_HEADER)
+        ours += names.SIDECAR_HEADERS
     removals = [mutation.HeaderMutation(remove=name) for name in ours]
     return extension("envoy.http.early_header_mutation.header_mutation", early.HeaderMutation(mutations=removals))
 

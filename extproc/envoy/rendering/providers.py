@@ -41,14 +41,19 @@ REUSE_S: Final = 50.0
 """Idle connections are closed after this long: load balancers in front of such APIs close theirs after 60 s, and a request that meets
 that close is lost."""
 
+PING_S: Final = (30.0, 15.0)
+"""From one HTTP/2 ping to the next, and for its answer. A model may think for minutes without a word, but its server answers."""
+
 RETRY_ON: Final = "connect-failure,refused-stream,reset-before-request"
 """Only what cannot have cost anything: the provider never had the request."""
+
+READ: Final = "/v1/"
+"""Where all the paths begin whose bodies are read, and so all that can be sent to a provider."""
 
 OUT: Final = (
     "accept",
     "content-length",
     "content-type",
-    "idempotency-key",
     "openai-beta",
     "transfer-encoding",
     "user-agent",
@@ -87,11 +92,11 @@ def _route(provider: ProviderConfig, config: Config) -> route.Route:
     tenant = config.requests.tenant_header
     return route.Route(
         name=f"provider {provider.name}",
-        match=route.RouteMatch(prefix="/", headers=[named]),
+        match=route.RouteMatch(prefix=READ, headers=[named]),
         route=route.RouteAction(
             cluster=names.provider_cluster(provider.name),
             host_rewrite_literal=_authority(provider),
-            prefix_rewrite=f"{provider.path_prefix}/",
+            prefix_rewrite=f"{provider.base_path}/",
             timeout=seconds(0),
             idle_timeout=seconds(provider.timeout_s),
             # In place of those for replicas: nobody else is to be asked, and nothing to be paid for twice.
@@ -168,7 +173,9 @@ def _is_ip(host: str) -> bool:
 
 def _protocol(provider: ProviderConfig, config: Config) -> dict[str, protobuf.Any]:
     """HTTP/2 where both sides agree on it in the handshake, else 1.1."""
-    http1, http2 = core.Http1ProtocolOptions(), core.Http2ProtocolOptions()
+    # All requests share one connection: one whose other end is gone would swallow them for as long as the kernel tries to reach it.
+    pings = core.KeepaliveSettings(interval=seconds(PING_S[0]), timeout=seconds(PING_S[1]))
+    http1, http2 = core.Http1ProtocolOptions(), core.Http2ProtocolOptions(connection_keepalive=pings)
     agreed = upstream.HttpProtocolOptionsAutoHttpConfig(http_protocol_options=http1, http2_protocol_options=http2)
     plain = upstream.HttpProtocolOptionsExplicitHttpConfig(http_protocol_options=http1)
     options = upstream.HttpProtocolOptions(
@@ -182,7 +189,8 @@ def _protocol(provider: ProviderConfig, config: Config) -> dict[str, protobuf.An
 
 def _filters(provider: ProviderConfig, config: Config) -> Iterator[hcm.HttpFilter]:
     """In the cluster and not in the listener: no mistake of a route takes the key elsewhere."""
-    yield http_filter("envoy.filters.http.lua", lua.Lua(default_source_code=core.DataSource(inline_string=script())))
+    source = core.DataSource(inline_string=script(provider.query))
+    yield http_filter("envoy.filters.http.lua", lua.Lua(default_source_code=source))
     if provider.api_key_file is not None:
         yield http_filter("envoy.filters.http.credential_injector", _injected(provider, config))
     yield http_filter("envoy.filters.http.upstream_codec", codec.UpstreamCodec())
@@ -205,11 +213,12 @@ def _injected(provider: ProviderConfig, config: Config) -> injector.CredentialIn
     )
 
 
-def script() -> str:
-    """provider.lua with headers and errors put in."""
+def script(query: str) -> str:
+    """provider.lua with headers, errors and the query of a provider put in."""
     text = resources.files("extproc.envoy.rendering").joinpath("provider.lua").read_text()
     values = {
         "OUT": _set(OUT),
+        "QUERY": f"?{query}" if query else "",
         "IN": _set(IN),
         "LIMITED": _error(LIMITED, CONTENTION),
         "REFUSED": _error(REFUSED, UNAVAILABLE),

@@ -39,6 +39,7 @@ def _errors(config: Config) -> dict[int, Error]:
         408: _error("The request did not arrive in time.", "Request Timeout"),
         413: _of(errors.too_large(config.requests.max_body_bytes)),
         500: _error("The proxy could not process this request.", "InternalServerError"),
+        502: _error("The answer could not be read. Please try again later.", "Bad Gateway"),
         503: _of(errors.of_refusal(Reject(Refusal.ABSENT))),
         504: _error("No answer came in time. Please try again later.", "Gateway Timeout"),
     }
@@ -52,8 +53,9 @@ def _without_key() -> hcm.ResponseMapper:
 
 
 def _of(answer: errors.HttpError) -> Error:
+    """With the code by name: numbers of such a template are floats, and Envoy reads those of a bootstrap in YAML as text."""
     error: Error = json.loads(answer.body)["error"]
-    return error
+    return {**error, "code": "%RESPONSE_CODE%"}
 
 
 def local(config: Config) -> hcm.LocalReplyConfig:
@@ -61,8 +63,8 @@ def local(config: Config) -> hcm.LocalReplyConfig:
 
     There is no `body_format` of the whole: it would apply to that one as well.
     """
-    # A replica that is silent for so long may be so for the next one, too; a provider has others to serve it.
-    waits = (503, 504) if config.providers else (503,)
+    # A replica that is silent for so long, or cannot be understood, may be so for the next one, too; a provider has others to serve it.
+    waits = (502, 503, 504) if config.providers else (503,)
     mappers = [_mapper(status, error, Op.EQ, status in waits) for status, error in _errors(config).items()]
     others = _mapper(400, OTHER, Op.GE)
     keyless = [_without_key()] if any(provider.api_key_file for provider in config.providers) else []

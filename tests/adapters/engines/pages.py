@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from extproc.adapters.engines import ENGINES
+
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 RECORDED = ("metrics_idle_fresh.txt", "metrics_loaded_30req.txt", "metrics_kv_pressure.txt")
+
+parse_vllm = ENGINES["vllm"].parse
 
 
 def recorded(name: str, version: str = "vllm-0.32") -> bytes:

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extproc.adapters.engines import ENGINES, parse_vllm
+from extproc.adapters.engines import ENGINES
 from extproc.core.types import AdaptersSampled
-from tests.adapters.engines.pages import recorded
+from tests.adapters.engines.pages import parse_vllm, recorded
 
 RUNNING = b"vllm:num_requests_running 0\n"
 

@@ -129,6 +129,29 @@ class TestSglang:
             1: (1, 0, 0.1),
         }
 
+    @pytest.mark.parametrize(
+        "queue", ["prefill_bootstrap", "prefill_prealloc", "decode_prealloc", "decode_transfer", "grammar"]
+    )
+    def test_each_queue_of_an_engine_that_prefills_or_decodes_alone_counts(self, queue: str) -> None:
+        page = b"sglang:num_queue_reqs 2\nsglang:num_%s_queue_reqs 3\n" % queue.encode()
+        assert ENGINES["sglang"].parse(page) == Sample(waiting=5)
+
+    @pytest.mark.parametrize("label", ["tp_rank", "pp_rank", "moe_ep_rank"])
+    def test_what_the_parts_of_one_engine_tell_alike_counts_once(self, label: str) -> None:
+        page = b"".join(b'sglang:num_running_reqs{%s="%d"} 4\n' % (label.encode(), rank) for rank in (0, 1))
+        assert ENGINES["sglang"].parse(page) == Sample(running=4)
+
+    def test_before_the_first_prefill_a_part_of_the_live_counter_is_not_the_whole(self) -> None:
+        page = b'# TYPE\nsglang:realtime_tokens_total{mode="prefill_cache"} 7\nsglang:num_running_reqs 1\n'
+        assert ENGINES["sglang"].parse(page) == Sample(running=1)
+
+    def test_a_cache_of_no_pages_has_not_been_looked_at(self) -> None:
+        assert ENGINES["sglang"].parse(b"sglang:num_pages 0\nsglang:max_total_num_tokens 0\n") == Sample()
+
+    def test_the_size_of_its_cache_may_stand_in_labels(self) -> None:
+        page = b'sglang:cache_config_info{num_pages="128",page_size="64"} 1\n'
+        assert ENGINES["sglang"].parse(page) == Sample(block_size=64, num_blocks=128)
+
     def test_an_unreadable_copy_leaves_the_other(self) -> None:
         page = documented("sglang_0.5_ranks.txt").replace(
             b'priority="",tp_rank="1"} 4.0', b'priority="",tp_rank="1"} NaN'
@@ -161,11 +184,24 @@ def test_pages_of_several_nodes_of_ray_add_up() -> None:
     assert sample.kv_usage == pytest.approx(0.3)
 
 
-def test_counters_of_ray_are_known_without_their_ending_too() -> None:
-    page = documented("ray_node_a.txt").replace(b"_tokens_total", b"_tokens")
-    sample = ENGINES["ray"].parse(page)
-    assert sample is not None
-    assert (sample.prompt_tokens, sample.generated_tokens) == (1000.0, 200.0)
+def test_ranks_of_ray_are_not_told_apart_for_no_header_reaches_them() -> None:
+    assert ENGINES["ray"].parse_ranks(documented("ray_node_a.txt")) == {}
+
+
+def test_names_of_older_releases_of_ray_keep_the_colon_of_vllm() -> None:
+    page = documented("ray_node_a.txt")
+    older = page.replace(b"ray_vllm_", b"ray_vllm:").replace(b"kv_cache_usage", b"gpu_cache_usage")
+    found = detect(older, CHOICES["auto"])
+    assert found == (ENGINES["ray"], ENGINES["ray"].parse(page))
+
+
+@pytest.mark.parametrize("ending", ["", "_total"])
+def test_counters_of_ray_are_known_with_and_without_their_ending(ending: str) -> None:
+    told = {"prompt_tokens": 9, "generation_tokens": 5, "prefix_cache_queries": 8, "prefix_cache_hits": 4}
+    page = "".join(f"ray_vllm_{name}{ending} {n}\n" for name, n in {**told, "num_preemptions": 1}.items())
+    assert ENGINES["ray"].parse(page.encode()) == Sample(
+        prompt_tokens=9.0, generated_tokens=5.0, prefix_queries=8.0, prefix_hits=4.0, preemptions=1.0
+    )
 
 
 class TestDetection:

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extproc.adapters.engines import ENGINES, parse_vllm
+from extproc.adapters.engines import ENGINES
+from extproc.adapters.engines.parser import MOST_LINES
 from extproc.core.types import AdaptersSampled, Sample
-from tests.adapters.engines.pages import RECORDED, recorded
+from tests.adapters.engines.pages import RECORDED, parse_vllm, recorded
 
 
 def sample(text: str) -> Sample:
@@ -137,6 +138,9 @@ vllm:cache_config_info{block_size="16",engine="1",num_gpu_blocks_override="7",nu
     def test_a_page_without_numbers_of_ranks_has_none(self) -> None:
         assert ENGINES["vllm"].parse_ranks(b"vllm:num_requests_running 3.0") == {}
 
+    def test_a_rank_that_uses_more_than_there_is_makes_the_mean_unknown(self) -> None:
+        assert sample(self.PAGE.replace("} 0.6", "} 1.5")).kv_usage is None
+
     def test_an_unreadable_rank_makes_the_sum_unknown_and_leaves_other_fields(self) -> None:
         parsed = sample(self.PAGE.replace("} 5.0", "} NaN"))
         assert parsed.running is None
@@ -175,6 +179,17 @@ class TestOddPages:
 
     def test_a_first_and_a_last_line_count_without_line_breaks_around(self) -> None:
         assert sample("vllm:num_requests_running 1\nvllm:num_requests_waiting 2") == Sample(running=1, waiting=2)
+
+    def test_more_lines_than_an_engine_has_are_no_page_and_not_a_part_of_one(self) -> None:
+        line = b'vllm:num_requests_running{engine="0"} 1\n'
+        most = parse_vllm(line * MOST_LINES)
+        assert most == Sample(running=MOST_LINES)
+        assert parse_vllm(line * (MOST_LINES + 1)) is None
+        assert ENGINES["vllm"].parse_ranks(line * (MOST_LINES + 1)) == {}
+
+    def test_ranks_are_numbered_to_99(self) -> None:
+        page = b"".join(b'vllm:num_requests_running{engine="%d"} 1\n' % rank for rank in range(200))
+        assert list(ENGINES["vllm"].parse_ranks(page)) == list(range(100))
 
     FRAGMENTS = st.sampled_from(
         b'\n|vllm:|num_requests_running|kv_cache_usage_perc|cache_config_info|{|}| |"|block_size=|,|1|nan|-|e308|\xff|\x00|_|.'.split(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
@@ -11,7 +12,18 @@ from typing import Any, Self
 import pytest
 import zmq
 
-from extproc.adapters.kv_events.follower import ROUNDS, SLICE_BLOCKS, Follower, Knowledge, Place, Replayed
+from extproc.adapters.kv_events import follower as following_one
+from extproc.adapters.kv_events.follower import (
+    RESTARTS,
+    RESTARTS_WITHIN_S,
+    ROUNDS,
+    SLICE_BLOCKS,
+    Follower,
+    Knowledge,
+    ManyPublishersError,
+    Place,
+    Replayed,
+)
 from extproc.adapters.kv_events.sockets import CONNECTED, Connected, Replay, Sockets
 from extproc.adapters.kv_events.wire import END
 from extproc.core.types import CacheChanged, CacheUnknown
@@ -380,29 +392,27 @@ class TestPace:
             assert bench.counts.gaps >= 1
             assert bench.learner.whole is True
 
-    async def test_the_event_loop_has_its_turn_between_slices(self) -> None:
-        async with publishing() as publisher:
-            publisher.publish([stored(*range(10_000), size=16)])
-            for block in range(20_000, 20_500):
-                publisher.publish([stored(block)])
-            turns = 0
-            at: list[tuple[int, int]] = []
-
-            async def count() -> None:
-                nonlocal turns
-                while True:
-                    turns += 1
-                    await asyncio.sleep(0)
-
-            counting = asyncio.create_task(count())
-            async with following(publisher) as bench:
-                bench.learner.seen = lambda fact: at.append((turns, size(fact)))
-                await until(lambda: len(bench.learner.held) == 10_500)
-            counting.cancel()
-            by_turn: dict[int, int] = {}
-            for turn, blocks in at:
-                by_turn[turn] = by_turn.get(turn, 0) + blocks
-            assert max(by_turn.values()) <= 2 * SLICE_BLOCKS
+    @pytest.mark.parametrize("followers", [1, 6])
+    async def test_the_event_loop_has_its_turn_between_slices(self, followers: int) -> None:
+        """Also where all have much to learn at the same time; only their first slices may meet."""
+        messages = [frames(0, stored(*range(3000), size=16)), *(frames(n, stored(n)) for n in range(1, 500))]
+        learner, shared = Learner(), asyncio.Lock()
+        by_turn: Counter[int] = Counter()
+        turns = 0
+        learner.seen = lambda fact: by_turn.update({turns: size(fact)})
+        tasks = []
+        for _ in range(followers):
+            each = Follower(
+                Place(POOL, ADDRESS), Given(*messages), None, learner.learn, turns=shared, replay_timeout_s=1.0
+            )
+            tasks.append(asyncio.create_task(each.run()))
+        while by_turn.total() < followers * 3499:
+            turns += 1
+            await asyncio.sleep(0)
+        assert max(list(by_turn.values())[1:]) <= 2 * SLICE_BLOCKS
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def size(fact: CacheChanged | CacheUnknown) -> int:
@@ -436,11 +446,11 @@ class Script:
         self._answers = list(answers)
         self._now: Answer = []
 
-    def __enter__(self) -> Self:
+    async def __aenter__(self) -> Self:
         self._now = self._answers.pop(0) if self._answers else [None]
         return self
 
-    def __exit__(self, *_: object) -> None:
+    async def __aexit__(self, *_: object) -> None:
         pass
 
     def ask(self, first: int) -> None:
@@ -534,6 +544,12 @@ class TestReplays:
         assert script.asked == [0, 0]
         assert (learner.held, follower.counts.restarts, learner.whole) == ([10, 11, 12, 13], 1, True)
 
+    async def test_another_process_may_serve_another_model(self) -> None:
+        """The cache that counts has another number there."""
+        first, second = (dict[str, Any](group_idx=n, kv_cache_spec_kind="full_attention") for n in (1, 0))
+        follower, learner = await run(None, frames(0, stored(1, **first)), frames(0, stored(2, **second)))
+        assert (learner.held, follower.counts.restarts) == ([2], 1)
+
     async def test_garbage_in_a_replay_is_lost(self) -> None:
         answer: Answer = [frames(0, stored(1)), [b"t", (1).to_bytes(8, "big"), b"garbage"], ENDED]
         script = Script(*(answer.copy() for _ in range(6)))
@@ -547,6 +563,37 @@ class TestReplays:
         script = Script(*answers)
         await run(script, CONNECTED)
         assert len(script.asked) == ROUNDS
+
+    async def test_a_replay_without_end_ends(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(following_one, "LONGEST_REPLAY_S", 0.0)
+        endless: list[Answer] = [[frames(n, stored(n)) for n in range(100)] for _ in range(ROUNDS)]
+        follower, _ = await run(Script(*endless), CONNECTED)
+        assert follower.counts.replays[Replayed.LATE] == 1
+
+    @pytest.mark.parametrize(("every_s", "ends"), [(1.0, True), (RESTARTS_WITHIN_S, False)])
+    async def test_two_that_publish_in_one_place_are_not_followed(self, every_s: float, ends: bool) -> None:
+        """Each message seems to be of another process, and would have all asked for again."""
+        learner = Learner()
+        one, other = ([frames(base + n, stored(n)) for n in range(RESTARTS)] for base in (100, 0))
+        now = iter(range(1000))
+        follower = Follower(
+            Place(POOL, ADDRESS),
+            Given(*(message for pair in zip(one, other, strict=True) for message in pair)),
+            None,
+            learner.learn,
+            replay_timeout_s=1.0,
+            wall=lambda: next(now) * every_s,
+        )
+        task = asyncio.create_task(follower.run())
+        await until(lambda: task.done() or follower.counts.messages == 2 * RESTARTS, every_s=0.001)
+        assert follower.counts.restarts == RESTARTS
+        if ends:
+            with pytest.raises(ManyPublishersError, match="began anew 5 times within 60 s"):
+                task.result()
+        else:
+            assert not task.done()
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
 
 class TestRanks:

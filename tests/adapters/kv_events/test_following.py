@@ -160,6 +160,33 @@ class TestWhere:
             b.following.follow(joined(A, kv_events="5557"))
             await until(lambda: "label kv_events: '5557' is not tcp://host:port" in caplog.text)
 
+    async def test_where_two_publish_neither_is_followed(self, caplog: pytest.LogCaptureFixture) -> None:
+        """Two on one host, taken for the configured endpoint: the blocks of the one would count for the other."""
+        async with bench() as b, publishing() as publisher, publishing() as other:
+            b.publishes(A, publisher)
+            b.following.follow(joined(A))
+            await b.known(A)
+            b.publishes(B, publisher)
+            b.following.follow(joined(A, B))
+            await until(lambda: b.following.known() == {} and b.by_address[A].unknowns)
+            where = ", ".join(sorted((publisher.endpoint, publisher.replay_endpoint)))
+            for one, rival in ((A, B), (B, A)):
+                b.following.wake(one)
+                await until(lambda one=one: not b.following._tasks[POOL, one][0].woken.is_set())  # type: ignore[misc]
+                assert f"KV events of {one} in pool p: {where} is where {rival} publishes too" in caplog.text
+            assert caplog.text.count("so neither is followed") == 2
+            b.publishes(B, other)
+            for one in (B, A):
+                b.following.wake(one)
+                await until(lambda one=one: (POOL, one) in b.following.known())  # type: ignore[misc]
+
+    async def test_one_replica_in_two_pools_is_followed_for_both(self) -> None:
+        async with bench() as b, publishing() as publisher:
+            b.publishes(A, publisher)
+            b.following.follow(joined(A))
+            b.following.retarget("other", KvEvents(), [Replica(A)])
+            await until(lambda: b.following.known() == {(POOL, A): True, ("other", A): True})
+
     async def test_ranks_that_the_engine_chooses_share_what_is_known(self) -> None:
         async with bench() as b, publishing() as one, publishing() as other:
             b.pages.answers[A, sources.PATH] = of_ranks(one, other)
@@ -266,6 +293,21 @@ class TestMembership:
             await b.knows(A, 1, 2)
             assert b.learner.unknowns == 1
 
+    async def test_after_a_mistake_the_other_ranks_tell_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(following, "RETRY_S", 0.01)
+        async with bench() as b, publishing() as one, publishing() as other:
+            b.pages.answers[A, sources.PATH] = of_ranks(one, other)
+            b.following.follow(joined(A))
+            await until(lambda: b.following.known() == {(POOL, A): True} and one.subscribers() and other.subscribers())
+            other.publish([stored(1)])
+            await until(lambda: b.learner.held == [(1 << 64) + 1])
+            b.learner.trouble = RuntimeError("of ours")
+            one.publish([stored(2)])
+            await b.knows(A, 2)
+            other.publish([stored(3)])
+            await b.knows(A, 2, (1 << 64) + 1, (1 << 64) + 3)
+            assert b.learner.whole
+
 
 class TestReload:
     async def test_off_and_on(self) -> None:
@@ -369,6 +411,17 @@ class TestBind:
             await until(lambda: (POOL, A) in b.following._tasks and b.following._tasks[POOL, A][0].answer)
             await taken.stop()
             await until(lambda: b.following._bound and len(b.following._bound[POOL].inboxes) == 2)
+
+    async def test_a_port_that_is_wanted_no_more_is_given_back(self) -> None:
+        port = free_port()
+        async with bench(mode="bind", bind=f"tcp://127.0.0.1:{port}") as b:
+            b.following.follow(joined(A))
+            await until(lambda: b.following._bound)
+            b.following.retarget(POOL, KvEvents(mode="connect"), [Replica(A)])
+            assert not b.following._bound
+            await until(lambda: not b.following._ending)
+            async with publishing(port=port):
+                pass
 
     async def test_inboxes_go_with_their_replicas(self) -> None:
         async with bench(mode="bind", bind=f"tcp://127.0.0.1:{free_port()}") as b:

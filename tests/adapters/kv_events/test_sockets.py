@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from extproc.adapters.kv_events.sockets import CONNECTED, Connected, Sockets, Subscriber
+from extproc.adapters.kv_events.sockets import CONNECTED, REPLAYS_AT_ONCE, Connected, Sockets, Subscriber
 from tests.adapters.kv_events.support import port_of, publishing, stored
 from tests.support.waiting import until
 
@@ -70,9 +70,31 @@ async def test_a_port_that_is_taken_is_said(sockets: Sockets) -> None:
 
 
 async def test_a_replay_that_nobody_answers_ends_in_time(sockets: Sockets) -> None:
-    with sockets.replay("tcp://127.0.0.1:9") as replay:
+    async with sockets.replay("tcp://127.0.0.1:9") as replay:
         replay.ask(0)
         assert await replay.next(0.01) is None
+
+
+async def test_replays_have_their_turns(sockets: Sockets) -> None:
+    """Of a fleet whose replicas all replay at once each answer would lie here as a whole."""
+    replays = [sockets.replay("tcp://127.0.0.1:9") for _ in range(REPLAYS_AT_ONCE + 1)]
+    for replay in replays[:-1]:
+        await replay.__aenter__()
+    last = asyncio.create_task(replays[-1].__aenter__())
+    await asyncio.sleep(0)
+    assert not last.done()
+    await replays[0].__aexit__()
+    await last
+    for replay in replays[1:]:
+        await replay.__aexit__()
+
+
+async def test_an_endpoint_that_cannot_be_is_said(sockets: Sockets) -> None:
+    with pytest.raises(OSError, match="cannot connect to tcp://a b:1: Invalid argument"):
+        sockets.subscriber("tcp://a b:1", "", 16)
+    for _ in range(REPLAYS_AT_ONCE + 1):  # none of them keeps its turn
+        with pytest.raises(OSError, match="cannot connect to tcp://a b:1"):
+            await sockets.replay("tcp://a b:1").__aenter__()
 
 
 async def test_waiting_can_be_broken_off(sockets: Sockets) -> None:

@@ -28,7 +28,9 @@ class TestConfigured:
         replica = Replica("10.0.0.1:8000", {"kv_events": "tcp://10.0.0.9:1", "kv_replay": "tcp://{host}:2"})
         assert configured(KvEvents(), replica) == (Source(0, "tcp://10.0.0.9:1", "tcp://10.0.0.1:2"),)
 
-    @pytest.mark.parametrize("label", ["5557", "tcp://10.0.0.1", "tcp://*:5557", "ipc:///run/x"])
+    @pytest.mark.parametrize(
+        "label", ["5557", "tcp://10.0.0.1", "tcp://*:5557", "ipc:///run/x", "tcp://a b:5557", "tcp://{host}:70000"]
+    )
     def test_a_label_that_is_no_endpoint_is_said(self, label: str) -> None:
         with pytest.raises(SourcesError, match=r"label kv_events: .* write tcp://\{host\}:5557"):
             configured(KvEvents(), Replica("10.0.0.1:8000", {"kv_events": label}))
@@ -66,6 +68,11 @@ class TestTold:
             (b'{"0": {"publisher": "null"}}', "publishes by 'null', not by zmq"),
             (b'{"0": {"endpoint": "ipc:///run/x"}}', "is no tcp://host:port"),
             (b'{"0": {"endpoint": "tcp://*:0"}}', "is no tcp://host:port"),
+            (b'{"0": {"endpoint": "tcp://*:65536"}}', "is no tcp://host:port"),
+            (
+                b'{"0": {"endpoint": "tcp://*:5557"}, "1": {"endpoint": "tcp://*:5557"}}',
+                "names tcp://10.0.0.1:5557 for two ranks",
+            ),
             (
                 b'{"0": {"endpoint": "tcp://10.0.0.7:5557"}}',
                 "another host; if the engine connects there, set kv_events.mode: bind",

@@ -49,9 +49,55 @@ def test_a_tokenizer_that_truncates_and_pads_does_so_no_more(tmp_path: Path) -> 
 
 
 def test_special_tokens_have_names(tmp_path: Path) -> None:
-    path = folder(tmp_path, eos_token={"content": "<|end|>", "lstrip": False}, pad_token=None, model_max_length=5)
+    more: dict[str, Any] = {
+        "eos_token": {"content": "<|end|>", "lstrip": False},
+        "pad_token": None,
+        "model_max_length": 5,
+    }
+    path = folder(tmp_path, **more)
     (path / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<other>", "unk_token": "<u>"}))
-    assert loaded(path).templates.special_tokens == {"bos_token": "<s>", "eos_token": "<|end|>", "unk_token": "<u>"}
+    named = {"bos_token": "<other>", "eos_token": "<|end|>", "unk_token": "<u>"}
+    assert loaded(path).templates.special_tokens == named
+    folder(tmp_path, **more, added_tokens_decoder={})  # as it has been for years; then that one has the last word
+    assert loaded(path).templates.special_tokens == {"bos_token": "<s>", "eos_token": "<|end|>"}
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"eos_token": "<|stop|>"}, {"eos_token": "<|stop|>"}),
+        ({"eos_token": {"content": "<|stop|>", "lstrip": False}}, {"eos_token": "<|stop|>"}),
+        ({"additional_special_tokens": ["<|stop|>"]}, {}),
+        ({"extra_special_tokens": [{"content": "<|stop|>"}]}, {}),
+        ({"extra_special_tokens": {"image_token": "<|stop|>"}}, {"image_token": "<|stop|>"}),
+    ],
+)
+def test_special_tokens_are_tokens_although_the_tokenizer_has_none(
+    tmp_path: Path, config: dict[str, Any], named: dict[str, str]
+) -> None:
+    plain = loaded(folder(tmp_path / "plain"))
+    model = loaded(folder(tmp_path / "more", **config))
+    assert len(model.pieces.ids("<|stop|>")) == 1 < len(plain.pieces.ids("<|stop|>"))
+    assert list(model.pieces.cut("a<|stop|>b")) == ["a", "<|stop|>b"]
+    assert model.templates.special_tokens == {"bos_token": "<s>", **named}
+
+
+def test_special_tokens_get_their_ids_in_the_order_of_transformers(tmp_path: Path) -> None:
+    config: dict[str, Any] = {
+        "pad_token": "<p>",
+        "extra_special_tokens": ["<x>"],
+        "unk_token": "<u>",
+        "eos_token": "<e>",
+    }
+    model = loaded(folder(tmp_path, **config))
+    first = len(Tokenizer.from_file(str(tmp_path / "tokenizer.json")).get_vocab())
+    assert [list(model.pieces.ids(token)) for token in ("<e>", "<u>", "<p>", "<x>")] == [[first + i] for i in range(4)]
+
+
+def test_special_tokens_in_a_text_may_be_text(tmp_path: Path) -> None:
+    model = loaded(folder(tmp_path, split_special_tokens=True))
+    assert list(model.pieces.cut("a<|start|>b")) == ["a<|start|>b"]
+    assert len(model.pieces.ids("<|start|>")) > 1
 
 
 def test_tokens_that_only_the_configuration_has(tmp_path: Path) -> None:
@@ -102,6 +148,9 @@ def test_settings_of_the_engine_are_handed_on(tmp_path: Path) -> None:
         ("tokenizer.json", None, "does not exist; tokenizer.path is the folder of a model, with tokenizer.json in it"),
         ("tokenizer.json", "{}", "tokenizer.json cannot be read: "),
         ("tokenizer_config.json", "{", "tokenizer_config.json cannot be read: Expecting"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', "tokenizer_config.json is not what transf"),
+        ("tokenizer_config.json", '{"extra_special_tokens": [3]}', "tokenizer_config.json is not what transformers"),
+        ("tokenizer_config.json", '{"chat_template": [{"name": 3}]}', "tokenizer_config.json is not what transformers"),
         ("chat_template.jinja", "{% for %}", "chat_template.jinja: the chat template cannot be read: "),
     ],
 )

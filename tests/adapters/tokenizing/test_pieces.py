@@ -137,3 +137,13 @@ def test_a_piece_that_would_fill_it_is_not_kept() -> None:
 def test_an_empty_text_has_no_tokens() -> None:
     assert list(Pieces(made("byte level"), ROOM).ids("")) == []
     assert repr(PieceCache(3)) == "<piece cache: 0 pieces, 0 B>"
+
+
+def test_batches_and_pieces_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "MAX_PIECE", 24)
+    text = "".join(f"<|start|>é{i}" for i in range(9))
+    for room in (0, ROOM):
+        assert list(Pieces(made("byte level"), room).ids(text)) == made("byte level").encode(text).ids
+    assert list(pieces._batches(["a" * 20, "b" * 4, "c", "é" * 12])) == [["a" * 20, "b" * 4], ["c"], ["é" * 12]]
+    with pytest.raises(OverflowError):
+        Pieces(made("byte level"), ROOM).ids("é" * 13)

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from extproc.adapters.tokenizing import prompts
+from extproc.adapters.tokenizing import pieces, prompts
 from extproc.adapters.tokenizing.folder import Model, load
 from extproc.adapters.tokenizing.prompts import tokenized
 from extproc.config import TokenizerConfig
 from extproc.core.prefix.exact import token_chain
 from extproc.core.types import Api
+from extproc.openai.simulated_prompt import chat_prompt, token_ids
 from extproc.openai.tokens import CannotTokenize, Question, Tokenized, Untokenized
 from tests.adapters.tokenizing.models import TEMPLATE, folder, made
 
@@ -108,6 +109,39 @@ def test_bodies_and_texts_are_bounded(model: Model, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(prompts, "MAX_TEXT", 10)
     with pytest.raises(CannotTokenize, match="large"):
         of(model, COMPLETION, {"prompt": "x" * 11})
+    monkeypatch.setattr(pieces, "MAX_PIECE", 8)
+    with pytest.raises(CannotTokenize, match="large"):
+        of(model, COMPLETION, {"prompt": "x" * 9})
     monkeypatch.setattr(prompts, "MAX_BODY_BYTES", 20)
     with pytest.raises(CannotTokenize, match="large"):
         of(model, COMPLETION, {"prompt": "x" * 10})
+
+
+@pytest.mark.parametrize(
+    ("question", "body", "tokens"),
+    [
+        (COMPLETION, {"prompt": "abcdefg"}, b"abcdefg\0"),
+        (COMPLETION, {"prompt": ["abcd"], "truncate_prompt_tokens": 1, "prompt_logprobs": 1}, b"abcd"),
+        (COMPLETION, {"prompt": [7, 1 << 32]}, b"\7\0\0\0\0\0\0\0"),
+        (CHAT, chat("Hi"), chat_prompt([{"role": "user", "content": "Hi"}])),
+        (CHAT, chat("Hi", tools=[{"a": 1}]), chat_prompt([{"role": "user", "content": "Hi"}], [{"a": 1}])),
+    ],
+)
+def test_a_simulated_replica_has_tokens_of_four_bytes(question: Question, body: Any, tokens: bytes) -> None:
+    found = tokenized(None, question, json.dumps(body).encode(), unit=1)
+    assert found == Tokenized(token_chain(token_ids(tokens), 1), len(tokens) // 4)
+
+
+@pytest.mark.parametrize(
+    ("question", "body", "why"),
+    [
+        (Question(Api.EMBEDDINGS), {"input": "x"}, Untokenized.API),
+        (COMPLETION, {"prompt": ["a", "b"]}, Untokenized.PROMPTS),
+        (CHAT, {"messages": "x"}, Untokenized.REFUSED),
+        (CHAT, {"messages": ["x"]}, Untokenized.REFUSED),
+    ],
+)
+def test_what_a_simulated_replica_is_not_asked(question: Question, body: Any, why: Untokenized) -> None:
+    with pytest.raises(CannotTokenize) as e:
+        tokenized(None, question, json.dumps(body).encode())
+    assert e.value.why is why

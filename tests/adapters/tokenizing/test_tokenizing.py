@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from extproc.adapters.tokenizing.prompts import MAX_BODY_BYTES
 from extproc.adapters.tokenizing.tokenizing import TRIED, WAITING_PER_THREAD, WRONG, Judge, Tokenizing
 from extproc.config import ConfigError, TokenizerConfig, parse
 from extproc.core.types import Api
@@ -76,12 +77,57 @@ async def test_one_that_is_late_is_given_up_and_kept(tmp_path: Path) -> None:
         assert await tokenizing.tokens([A], CHAT, body()) is None
         assert tokenizing.counts["a"].prompts["late"] == 1
         assert engine.waiting == 1
-        cache = engine.model.pieces.cache
+        cache = engine.cache
         assert cache is not None
         assert cache.bytes == 0
         gate.open.set()
         await until(lambda: engine.waiting == 0)
         assert cache.bytes > 0
+
+
+async def test_what_is_given_up_before_a_thread_has_it_is_not_begun(tmp_path: Path) -> None:
+    gate = Gate()
+    async with serving(tmp_path, SLOW, gate, timeout_s=0.01, threads=1) as tokenizing:
+        engine = tokenizing.engines["a"]
+        assert await tokenizing.tokens([A], CHAT, body("first")) is None
+        assert await tokenizing.tokens([A], CHAT, body("second")) is None
+        assert tokenizing.counts["a"].prompts["late"] == 2
+        assert engine.waiting == 2
+        gate.open.set()
+        await until(lambda: engine.waiting == 0)
+        kept = ("<|start|>user\nfirst", "<|start|>user\nsecond")
+        assert engine.cache is not None
+        assert [each is not None for each in engine.cache.find(kept)] == [True, False]
+
+
+async def test_a_body_that_is_too_large_is_not_copied(tmp_path: Path) -> None:
+    class Large(bytes):
+        def __len__(self) -> int:
+            return MAX_BODY_BYTES + 1
+
+        def __bytes__(self) -> bytes:
+            raise AssertionError("copied")
+
+    async with serving(tmp_path) as tokenizing:
+        assert await tokenizing.tokens([A], CHAT, Large()) is None
+        assert +tokenizing.counts["a"].prompts == {"large": 1}
+
+
+async def test_to_explain_counts_nothing(tmp_path: Path) -> None:
+    async with serving(tmp_path) as tokenizing:
+        assert await tokenizing.explained([A], CHAT, body()) == await tokenizing.tokens([A], CHAT, body())
+        assert await tokenizing.explained([A], Question(Api.RESPONSES), body()) is Untokenized.API
+        assert await tokenizing.explained([B], CHAT, body()) is None
+        assert +tokenizing.counts["a"].prompts == {"tokenized": 1}
+
+
+async def test_simulated_replicas_have_no_folder() -> None:
+    found = Tokenizing({"a": TokenizerConfig(simulated=True)})
+    prompt = await found.tokens([A], Question(Api.COMPLETIONS), b'{"prompt": "eight by"}')
+    found.close()
+    assert prompt is not None
+    assert prompt.prompt_tokens == 2
+    assert found.engines["a"].cache is None
 
 
 async def test_a_client_that_leaves_frees_nothing_before_its_thread_does(tmp_path: Path) -> None:
@@ -109,6 +155,27 @@ async def test_no_more_wait_than_there_is_room_for(tmp_path: Path) -> None:
         gate.open.set()
         assert all(await asyncio.gather(*waiting))
         assert await tokenizing.tokens([A], CHAT, body())
+
+
+async def test_what_would_be_late_behind_others_is_not_tried(tmp_path: Path) -> None:
+    gate = Gate()
+    async with serving(tmp_path, SLOW, gate, threads=2, timeout_s=5.0) as tokenizing:
+        engine = tokenizing.engines["a"]
+        engine.mean_s = 6.0
+        waiting = [asyncio.ensure_future(tokenizing.tokens([A], CHAT, body(str(i)))) for i in range(2)]
+        await until(
+            lambda: engine.waiting == 2
+        )  # for a thread that has nothing to do takes it, however long it may take
+        assert await tokenizing.tokens([A], CHAT, body()) is None
+        assert tokenizing.counts["a"].prompts["busy"] == 1
+        engine.mean_s = 2.4
+        waiting.append(asyncio.ensure_future(tokenizing.tokens([A], CHAT, body())))
+        await until(lambda: engine.waiting == 3)
+        assert await tokenizing.tokens([A], CHAT, body()) is None
+        assert tokenizing.counts["a"].prompts["busy"] == 2
+        gate.open.set()
+        assert all(await asyncio.gather(*waiting))
+        assert engine.mean_s != 2.4  # learned
 
 
 @pytest.mark.parametrize(
@@ -153,13 +220,22 @@ async def test_the_adapter_is_where_the_request_goes(tmp_path: Path) -> None:
 
 
 async def test_a_mistake_of_ours_costs_only_the_knowledge(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class PanicError(BaseException):
+        """As the library's own, which are no exceptions."""
+
+    said = "secret"
+
     def broken() -> datetime:
-        raise OSError("no clock")
+        raise PanicError(said)
 
     async with serving(tmp_path, SLOW, broken) as tokenizing:
-        assert await tokenizing.tokens([A], CHAT, body()) is None
-        assert tokenizing.counts["a"].prompts["failed"] == 1
-        assert "no clock" in caplog.text
+        for _ in range(3):
+            assert await tokenizing.tokens([A], CHAT, body(said)) is None
+        assert tokenizing.counts["a"].prompts["failed"] == 3
+        [told] = caplog.messages
+        assert "PanicError" in told
+        assert "in broken" in told
+        assert said not in told
 
 
 async def test_the_engines_word_counts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

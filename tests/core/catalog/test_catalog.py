@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from extproc.core.catalog.catalog import Catalog, aimed, known_as
 from extproc.core.catalog.rules import meets
-from extproc.core.catalog.settings import CatalogSettings, Model, Sticky, Target, When
+from extproc.core.catalog.settings import CatalogSettings, Estimate, Model, Sticky, Target, When
 from extproc.core.catalog.shares import Group
 from extproc.core.prefix.blocks import chain
 from extproc.core.types import Request
@@ -34,7 +34,6 @@ def order(of: Model, wanted: Request = Request(), size: tuple[float, float] = (1
 
 def test_a_model_is_found_by_name_and_alias_alone() -> None:
     made = Catalog(CatalogSettings((model(target("a"), aliases=("gpt-4o", "default")),)))
-    assert made.names == ("chat", "gpt-4o", "default")
     assert made.find("gpt-4o") is made.find("chat") is made.models[0]
     assert made.find("engine-a") is None
     assert made.find(None) is None
@@ -100,6 +99,21 @@ def test_the_first_rule_that_is_met_decides(tokens: int, quality: str | None, to
     assert order(model(SMALL, LARGE), Request(quality=quality), (tokens, 10)) == [to]
 
 
+@pytest.mark.parametrize(
+    ("estimate", "words", "to"),
+    [
+        (Estimate.WORDS, 999, "small"),
+        (Estimate.WORDS, 1000, "large"),
+        (Estimate.WORDS, None, "small"),
+        (Estimate.LEARNED, 1000, "small"),
+    ],
+)
+def test_words_count_where_that_is_wanted_and_they_are_known(estimate: Estimate, words: int | None, to: str) -> None:
+    """1,300 tokens are a thousand words; by what was learned the prompt has 100."""
+    of = model(target("small", when=When(prompt_tokens_below=1300)), LARGE, fallback=(LARGE,), estimate=estimate)
+    assert order(of, Request(prompt_words=words))[0] == to
+
+
 def test_who_meets_no_rule_has_nowhere_to_go() -> None:
     assert order(model(SMALL, fallback=(LARGE,)), Request(), (500, 1)) == []
 
@@ -122,6 +136,12 @@ def test_a_fallback_has_rules_too() -> None:
     of = model(target("a"), fallback=(target("b", when=When(tiers=frozenset({"paid"}))), target("c")))
     assert order(of, Request(tier="free")) == ["a", "c"]
     assert order(of, Request(tier="paid")) == ["a", "b", "c"]
+
+
+def test_a_target_that_is_a_fallback_too_is_asked_once_and_without_weight_is_a_way_back() -> None:
+    ways = (target("a"), target("b"))
+    assert order(model(*ways, fallback=ways), Request(session="x")) in (["a", "b"], ["b", "a"])
+    assert order(model(target("a", 0.0), target("b"), fallback=ways)) == ["b", "a"]
 
 
 def first(targets: list[Target], key: int) -> str:
@@ -238,5 +258,7 @@ def test_after_a_wait_come_the_others_by_weight_then_the_fallbacks() -> None:
         return [t.to for t in made.after(waited, Request(), lambda _: (1, 1))]
 
     assert after(b) == ["c", "a", "z"]
-    assert after(z) == []
+    assert after(z) == ["c", "a", "b"], "what could not take it when it came may do so now"
+    assert after(target("gone", 1.0)) == ["c", "a", "b", "z"], "as after a reload"
+    assert after(target("b", 0.0)) == after(b)
     assert Catalog().after(b, Request(), lambda _: (1, 1)) == []

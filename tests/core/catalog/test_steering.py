@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from extproc.core.account import Account, Rate
 from extproc.core.admission.settings import QueueSettings
 from extproc.core.catalog.providers import FAILURES
-from extproc.core.catalog.settings import ProviderSettings, Sticky, When
+from extproc.core.catalog.settings import ProviderSettings, Sticky, Target, When
 from extproc.core.observers import Quiet, Waited
 from extproc.core.router import PoolSettings, Router
 from extproc.core.scaling.settings import ScalingSettings
@@ -113,6 +113,15 @@ def refused_model(settings: PoolSettings) -> Refusal:
     return refused(Router([settings], Random(1)), chat(model="y"))
 
 
+def test_of_thousands_of_names_a_refusal_tells_a_few() -> None:
+    made = pools("a", configured=catalog(model(target("a"))))
+    made.learn(Serves("a", at("a"), tuple(f"adapter-{i}" for i in range(3000))), 0.0)
+    verdict = made.arrive(chat(model="nope"), 0.0)
+    assert isinstance(verdict, Reject)
+    assert len(verdict.known_models) == 20
+    assert verdict.known_models[0] == "chat"
+
+
 # --- the rule of docs/models.md -----------------------------------------------------------------------------------------
 
 
@@ -148,7 +157,7 @@ def test_the_rule_follows_what_the_tokenizer_turns_out_to_be() -> None:
 
 def test_a_session_stays_with_its_version_and_shares_come_out() -> None:
     made = pools("s", "c", configured=catalog(model(target("s", 95.0), target("c", 5.0))))
-    got = {f"s{i}": went(made, chat(session=f"s{i}")) for i in range(2000)}
+    got = {f"session {i}": went(made, chat(session=f"session {i}")) for i in range(2000)}
     assert 60 < Counter(got.values())["c"] < 145
     assert all(went(made, chat(session=name)) == to for name, to in list(got.items())[:100])
 
@@ -158,6 +167,17 @@ def test_the_rest_of_a_group_serves_where_one_has_nobody() -> None:
     made.learn(Remove("c", at("c")), 0.0)
     assert {went(made, chat(session=f"s{i}")) for i in range(200)} == {"s"}
     assert 0 < made.steering.spilled[("chat", "s", Refusal.NO_REPLICAS)] < 40
+
+
+def test_who_falls_to_an_empty_version_waits_where_the_others_wait() -> None:
+    made = pools("s", "c", configured=catalog(model(target("s", 95.0), target("c", 5.0))), queue=HELD)
+    made.learn(Remove("c", at("c")), 0.0)
+    made.learn(Probed("s", at("s"), Probe.LIVE, ok=False, refused=True), 0.0)
+    assert all(isinstance(made.arrive(chat(session=f"s{i}"), 0.0), Wait) for i in range(100))
+    assert len(made.pools["s"].admission) == 100
+    assert 0 < made.steering.spilled.pop(("chat", "s", Refusal.NO_REPLICAS)) < 20
+    assert not made.steering.spilled
+    made.check()
 
 
 # --- fallback on arrival ------------------------------------------------------------------------------------------------
@@ -200,6 +220,29 @@ def test_fallbacks_are_tried_in_their_order() -> None:
     assert went(made, chat(text(400))) == "b"
     made.learn(Remove("b", at("b")), 0.0)
     assert went(made, chat(text(400))) == "cloud"
+
+
+def test_where_nobody_is_anywhere_the_first_tells() -> None:
+    made = behind("b")
+    for pool in "ab":
+        made.learn(Remove(pool, at(pool)), 0.0)
+    assert refused(made, chat()) is Refusal.NO_REPLICAS
+
+
+def test_who_finds_a_full_queue_does_not_wait_for_those_who_are_gone() -> None:
+    made, _ = busy("b", queue=QueueSettings(max_requests=1))
+    made.learn(Probed("b", at("b"), Probe.LIVE, ok=False, refused=True), 0.0)
+    assert refused(made, chat(text(400_000, 77))) is Refusal.QUEUE_FULL
+
+
+def test_a_first_provider_that_is_out_does_not_refuse_for_the_pool_behind_it() -> None:
+    made = pools(
+        "a", configured=catalog(model(target("cloud"), fallback=(target("a"),)), providers=[CLOUD]), queue=HELD
+    )
+    for _ in range(FAILURES):
+        made.finish(placed(made, chat(text(400))).flight, Outcome(End.UNREACHABLE), 0.0)
+    made.learn(Probed("a", at("a"), Probe.LIVE, ok=False, refused=True), 0.0)
+    assert isinstance(made.arrive(chat(text(400)), 0.0), Wait)
 
 
 def test_whoever_may_not_fall_back_is_refused() -> None:
@@ -372,6 +415,28 @@ def test_who_waits_while_there_is_nobody_anywhere_goes_to_whoever_comes_first() 
     assert (turn.ticket, turn.verdict.endpoints) == (wait.ticket, (at("b", 5),))
 
 
+def test_who_may_not_leave_does_not_keep_others_who_wait() -> None:
+    paid = target("b", when=When(tiers=frozenset({"paid"})))
+    made = pools("a", "b", configured=catalog(model(target("a"), fallback=(paid,))), queue=HELD)
+    for pool in "ab":
+        made.learn(Probed(pool, at(pool), Probe.LIVE, ok=False, refused=True), 0.0)
+    waits = [made.arrive(chat(text(400), tier=tier), 0.0) for tier in ("free", "paid")]
+    assert made.turns(0.0) == []
+    made.learn(Reset("b", (Replica(at("b", 5)),)), 0.5)
+    assert [turn.ticket for turn in made.turns(0.5)] == [waits[1].ticket]  # type: ignore[union-attr]
+
+
+def test_who_is_in_haste_does_not_keep_others_who_wait() -> None:
+    """Of the time that the client gave 0.4 s are left, and a provider takes half a second."""
+    made = behind("cloud", queue=QueueSettings(absent_wait_s=20.0))
+    made.learn(Probed("a", at("a"), Probe.LIVE, ok=False, refused=True), 0.0)
+    for _ in range(FAILURES):
+        made.finish(placed(made, chat(text(400))).flight, Outcome(End.UNREACHABLE), 0.0)
+    waits = [made.arrive(chat(text(400), slo_ttft_s=slo_s), 0.0) for slo_s in (5.5, None)]
+    assert made.turns(0.0) == []
+    assert [turn.ticket for turn in made.turns(5.1)] == [waits[1].ticket]  # type: ignore[union-attr]
+
+
 def test_who_waits_is_not_sent_to_replicas_that_are_out_while_there_is_another_way() -> None:
     made, flights = busy("b")
     wait = made.arrive(chat(text(4000)), 0.0)
@@ -384,6 +449,18 @@ def test_who_waits_is_not_sent_to_replicas_that_are_out_while_there_is_another_w
     assert isinstance(verdict, Route)
     assert verdict.endpoints == (at("b"),)
     assert Counter(v.endpoints[0] for v in verdicts.values() if isinstance(v, Route)) == {at("a"): 1, at("b"): 1}
+
+
+def test_who_waits_behind_one_that_cannot_leave_a_draining_pool_goes_elsewhere() -> None:
+    made, _ = busy("b")
+    wait = made.arrive(chat(text(200_000, 99)), 0.0)
+    assert isinstance(wait, Wait)
+    made.learn(DrainAsked("a", at("a")), 0.1)
+    verdicts = {turn.ticket: turn.verdict for turn in made.turns(0.1)}
+    assert verdicts.keys() == {wait.ticket}, "the other named what only this pool has"
+    verdict = verdicts[wait.ticket]
+    assert isinstance(verdict, Route)
+    assert verdict.endpoints == (at("b"),)
 
 
 def test_who_still_waits_when_this_process_stops_goes_wherever_it_can() -> None:
@@ -439,6 +516,19 @@ def test_who_waits_through_a_reload_goes_where_it_waits() -> None:
     assert [isinstance(v, Route) and v.endpoints for v in verdicts] == [(at("a"),)]
 
 
+@pytest.mark.parametrize("blue", [[target("a", 0.0)], []], ids=["no weight", "gone"])
+def test_who_waits_for_the_old_version_when_it_dies_goes_to_the_new_one(blue: list[Target]) -> None:
+    made = pools("a", "b", configured=catalog(model(target("a"), target("b", 0.0))), queue=HELD)
+    made.learn(Serves("a", at("a"), ("direct-a",)), 0.0)
+    filled(made)
+    wait = made.arrive(chat(text(4000)), 0.0)
+    assert isinstance(wait, Wait)
+    made.learn(catalog(model(*blue, target("b"))), 0.1)
+    made.learn(Probed("a", at("a"), Probe.LIVE, ok=False, refused=True), 0.2)
+    verdicts = [turn.verdict for turn in made.turns(0.2) if turn.ticket == wait.ticket]
+    assert [isinstance(v, Route) and v.endpoints for v in verdicts] == [(at("b"),)]
+
+
 def test_who_waits_in_vain_for_what_is_no_longer_configured_is_refused() -> None:
     made, _ = busy("b")
     wait = made.arrive(chat(text(4000)), 0.0)
@@ -466,6 +556,19 @@ def test_the_list_has_names_aliases_what_replicas_list_and_parents() -> None:
     ]
 
 
+def test_what_two_pools_have_is_listed_once() -> None:
+    made = pools("a", "b", configured=catalog(model(target("a"))))
+    for pool in "ab":
+        made.learn(Serves(pool, at(pool), ("base",)), 0.0)
+    assert listed(made) == ["chat", "base"]
+
+
+def test_what_starts_when_somebody_asks_is_listed() -> None:
+    made = pools("a", configured=catalog(model(target("a"))), scaling=ScalingSettings(min_replicas=0), queue=HELD)
+    made.learn(Remove("a", at("a")), 0.0)
+    assert listed(made) == ["chat"]
+
+
 def test_only_what_somebody_is_there_to_serve_is_listed() -> None:
     made = pools("a", "b", configured=catalog(model(target("a")), model(target("b", model="code"), name="code")))
     made.learn(Remove("b", at("b")), 0.0)
@@ -488,12 +591,50 @@ def test_what_a_client_may_not_have_is_not_listed() -> None:
     assert refused(made, chat(tier="free")) is Refusal.MODEL_NOT_FOUND
 
 
+def test_a_model_whose_weight_is_all_with_nobody_is_not_listed() -> None:
+    made = pools("a", "b", configured=catalog(model(target("a"), target("b", 0.0))))
+    made.learn(Remove("a", at("a")), 0.0)
+    assert listed(made) == []
+    assert refused(made, chat()) is Refusal.NO_REPLICAS
+
+
+@pytest.mark.parametrize(
+    ("name", "free"),
+    [("engine-a", False), ("adapter", False), ("engine-b", True), (None, False)],
+)
+def test_a_rule_on_who_asks_holds_under_the_names_of_replicas_too(name: str | None, free: bool) -> None:
+    """Else whoever knows what the engine calls a model, or has no name for it, would have it in spite of the rule."""
+    paid = When(tiers=frozenset({"paid"}))
+    made = pools(
+        "a", "b", configured=catalog(model(target("a", when=paid)), model(target("b", model="all"), name="all"))
+    )
+    made.learn(Serves("a", at("a"), ("engine-a", "adapter"), {"adapter": "engine-a"}), 0.0)
+    made.learn(Serves("b", at("b"), ("engine-b",)), 0.0)
+    assert isinstance(made.arrive(chat(model=name, tier="paid"), 0.0), Route)
+    if free:
+        assert isinstance(made.arrive(chat(model=name, tier="free"), 0.0), Route)
+    else:
+        assert refused(made, chat(model=name, tier="free")) is Refusal.MODEL_NOT_FOUND
+    if name is not None:
+        assert (name in listed(made, tier="free")) is free
+        assert name in listed(made, tier="paid")
+
+
+def test_what_one_model_keeps_another_may_give_under_the_name_of_its_own_target() -> None:
+    paid = When(tiers=frozenset({"paid"}))
+    base, adapter = target("a", when=paid), target("a", model="tuned", engine="adapter")
+    made = pools("a", configured=catalog(model(base), model(adapter, name="tuned")))
+    made.learn(Serves("a", at("a"), ("engine-a", "adapter"), {"adapter": "engine-a"}), 0.0)
+    assert went(made, chat(model="adapter", tier="free")) == "a"
+    assert refused(made, chat(model="engine-a", tier="free")) is Refusal.MODEL_NOT_FOUND
+
+
 # --- always --------------------------------------------------------------------------------------------------------------
 
 
 EVENTS = st.lists(
     st.tuples(
-        st.sampled_from(["ask", "ask", "ask", "end", "fail", "gone", "back", "reload", "turn", "sweep"]),
+        st.sampled_from(["ask", "ask", "ask", "end", "fail", "gone", "back", "drain", "reload", "turn", "sweep"]),
         st.integers(0, 50),
     ),
     max_size=60,
@@ -508,6 +649,7 @@ def test_every_request_ends_once_whatever_happens_to_its_targets(events: list[tu
             model(target("a", 2.0), target("b"), fallback=(target("cloud"),), sticky=Sticky.SESSION), providers=[CLOUD]
         ),
         catalog(model(target("cloud"), fallback=(target("a"),)), providers=[CLOUD]),
+        catalog(model(target("a", 0.0), target("b"), fallback=(target("a"),))),
         catalog(),
     ]
     made = pools("a", "b", configured=shapes[0], queue=QueueSettings(max_requests=3, max_wait_s=4.0, absent_wait_s=2.0))
@@ -544,10 +686,12 @@ def test_every_request_ends_once_whatever_happens_to_its_targets(events: list[tu
             ended += 1
         elif what == "gone":
             made.learn(Remove("ab"[n % 2], at("ab"[n % 2])), now)
+        elif what == "drain":
+            made.learn(DrainAsked("ab"[n % 2], at("ab"[n % 2])), now)
         elif what == "back":
             made.learn(Reset("ab"[n % 2], (Replica(at("ab"[n % 2])),)), now)
         elif what == "reload":
-            made.learn(shapes[n % 3], now)
+            made.learn(shapes[n % len(shapes)], now)
         elif what == "sweep":
             made.expire(now)
             open_now = {flight.id for flight in made.ledger}

@@ -218,6 +218,16 @@ def test_gpu_utilization_does_not_herd_between_two_looks() -> None:
     assert set(counts.values()) == {9, 11}
 
 
+def test_gpu_utilization_takes_of_gpus_alike_the_one_with_fewer_requests() -> None:
+    """As where all are full: utilization says no more then."""
+    made = router(2, "gpu_utilization")
+    for i, running in enumerate((3, 2)):
+        for _ in range(running):
+            made.arrive(request(subset=only(i)), 0.0)
+        gpu(made, i, 1.0, now=1.0)
+    assert [preferred(made, request(text(1000, n)), now=1.0) for n in range(5)] == [address(1)] * 5
+
+
 def test_gpu_utilization_looks_anew_at_what_was_sent_before() -> None:
     made = router(2, "gpu_utilization")
     for _ in range(10):

@@ -171,6 +171,11 @@ def test_a_prompt_that_is_told_again_is_not_there_twice() -> None:
     assert len(made) == 0
 
 
+def test_a_prompt_that_is_told_again_may_go_on() -> None:
+    made = index(("a", stored(1, 2, ids=[11, 12])), ("a", stored(1, 2, 3, ids=[11, 12, 13])))
+    assert made.match(chain(1, 2, 3)) == {"a": 3}
+
+
 def test_a_prompt_told_again_in_pieces_is_not_there_twice() -> None:
     pieces = [stored(1, 2, ids=[11, 12]), stored(3, ids=[13], parent=12), stored(4, ids=[14], parent=13)]
     made = index(*(("a", piece) for piece in (*pieces, *pieces)), ("a", BlocksRemoved((14, 13))))
