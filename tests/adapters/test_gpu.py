@@ -85,6 +85,7 @@ async def test_a_page_that_does_not_tell_makes_it_unknown_and_is_said_so_once(
     exporter.status, exporter.page = status, page
     for _ in range(3):
         await exporter.tells(None)
-    assert caplog.messages == [f"GPU use of pool p is unknown: {exporter.url}: {why}"]
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("extproc")]
+    assert said == [f"GPU use of pool p is unknown: {exporter.url}: {why}"]
     exporter.status, exporter.page = 200, PAGE
     await exporter.tells(0.6)
