@@ -136,7 +136,9 @@ class Member:
         return self.health.state(now)
 
     def sampled(self, sample: Sample, now: float) -> bool:
-        """Take in a scrape. True if the engine restarted since the last one: a counter went back, or nothing listened."""
+        """Take in a scrape. True if its cache is empty since the last one: the engine restarted (a counter went back, or nothing
+        listened), or slept.
+        """
         before, elapsed_s = self.sample, math.inf if self.sampled_at is None else now - self.sampled_at
         self.sample, self.sampled_at = sample, now
         if before is not None:
@@ -151,6 +153,7 @@ class Member:
         self.opened_at_sample, self.held_at_sample = self.load.requests, self.load.held_tokens
         if before is not None and _moved(before, sample):
             self.worked(now)
+        woke = self.health.slept(sample.awake is False, now)
         restarted = self.health.restarts != restarts
         if restarted:
             self._began(now)
@@ -158,7 +161,7 @@ class Member:
             if self.load.lora is None:
                 self.load.lora = Held()
             self.load.lora.sampled(sample.adapters, now)
-        return restarted
+        return restarted or woke
 
     def identified(self, engine: str | None, now: float) -> bool:
         """What runs there is known. True if it is another engine than the one before, and so another process."""
@@ -509,9 +512,9 @@ def _eligible(member: Member, usual: float | None, now: float) -> bool:
 
 
 def _badness(member: Member, now: float) -> int:
-    """How little hope there is: 0 may well work, 1 failed, 2 works but shall not, 3 hangs or goes, 4 is not there."""
+    """How little hope there is: 0 may well work, 1 failed, 2 works but shall not, 3 hangs or goes, 4 is not there or sleeps."""
     match member.health.why(now):
-        case State.OPEN, Reason.REFUSED, _:
+        case State.OPEN, Reason.REFUSED | Reason.ASLEEP, _:
             return 4
         case (State.OPEN, Reason.SILENT, _) | (State.DRAINING, Reason.SHUTTING_DOWN, _):
             return 3

@@ -142,6 +142,8 @@ class Sample:
     """Size of the KV cache where the engine tells it in tokens."""
     adapters: AdaptersSampled | None = None
     """None where the engine has none, or does not tell."""
+    awake: bool | None = None
+    """False while it sleeps: what is sent there waits until somebody wakes it. None where the engine does not tell."""
     counted_at_end: bool = False
     """`prompt_tokens` and `generated_tokens` move when a request ends, and not while it runs: that they stand still says nothing."""
 

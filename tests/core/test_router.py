@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from extproc.core.admission.settings import QueueSettings
 from extproc.core.health.settings import HealthSettings
 from extproc.core.health.states import State
 from extproc.core.observers import Several
@@ -29,6 +30,7 @@ from extproc.core.types import (
     Sampled,
     ScrapeFailure,
     Serves,
+    Wait,
 )
 
 from .support import (
@@ -548,3 +550,35 @@ def test_repr_is_a_status_line() -> None:
     made = router(2)
     route(made, request(PROMPT))
     assert repr(made) == "<router [<pool p predicted 2 replicas>] <ledger 1 opened - 0 closed = 1 open>>"
+
+
+def test_who_sleeps_gets_nothing_and_wakes_with_an_empty_cache() -> None:
+    made = router(2, scraped=True)
+    for i in (0, 1):
+        made.learn(Sampled(POOL, address(i), Sample(running=0, waiting=0, awake=True)), 0.0)
+    shared = request(text(64_000))
+    first = route(made, shared, 0.1).endpoints[0]
+    other = next(address(i) for i in (0, 1) if address(i) != first)
+    made.learn(Sampled(POOL, first, Sample(running=1, waiting=0, awake=False)), 0.2)
+    assert [route(made, shared, 0.3 + i).endpoints[0] for i in range(3)] == [other] * 3
+    assert made.pools[POOL].index.match(shared.blocks).get(first)
+    made.learn(Sampled(POOL, first, Sample(running=1, waiting=0, awake=True)), 5.0)
+    assert member(made, first).state(5.0) is State.SLOW_STARTING
+    assert not made.pools[POOL].index.match(shared.blocks).get(first)
+
+
+def test_while_all_sleep_requests_wait_or_are_refused_as_where_nobody_is() -> None:
+    made = router(1, scraped=True, queue=QueueSettings())
+    made.learn(Sampled(POOL, address(0), Sample(running=0, waiting=0, awake=False)), 0.0)
+    waiting = made.arrive(request(), 0.1)
+    assert isinstance(waiting, Wait)
+    assert made.turns(1.0) == []
+    made.learn(Sampled(POOL, address(0), Sample(running=0, waiting=0, awake=True)), 2.0)
+    (turn,) = made.turns(2.0)
+    assert isinstance(turn.verdict, Route)
+    made.learn(Sampled(POOL, address(0), Sample(running=0, waiting=0, awake=False)), 3.0)
+    assert isinstance(made.arrive(request(), 3.0), Wait)
+    assert made.turns(3.1) == []
+    (turn,) = made.turns(3.1 + QueueSettings().absent_wait_s)
+    assert isinstance(turn.verdict, Reject)
+    assert turn.verdict.refusal is Refusal.ABSENT

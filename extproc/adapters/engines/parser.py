@@ -101,6 +101,11 @@ class _Read:
         return total if self.numbers and math.isfinite(total) else None
 
     @property
+    def all_set(self) -> bool | None:
+        """Whether it is above 0 on all ranks."""
+        return None if self.total is None else min(self.numbers) > 0.0
+
+    @property
     def mean_share(self) -> float | None:
         """Mean over ranks, whose caches are equally large; None where one is outside 0 to 1."""
         total = self.total
@@ -219,6 +224,7 @@ class Engine:
             prefix_queries=read("prefix_queries").tokens(block_size),
             prefix_hits=read("prefix_hits").tokens(block_size),
             preemptions=read("preemptions").total,
+            awake=read("awake").all_set,
             adapters=adapters_of(lines.get(self._adapters, ())) if self._adapters else None,
         )
 

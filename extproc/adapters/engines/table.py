@@ -64,6 +64,8 @@ class Table:
     prefix_queries: Figures = ()
     prefix_hits: Figures = ()
     preemptions: Figures = ()
+    awake: Figures = ()
+    """1 while it serves, 0 while it sleeps and its memory is given to others."""
     adapters: str = ""
     """Series whose labels tell of LoRA adapters, as vLLM's `lora_requests_info` does. Empty: none."""
     rank: str | None = None

@@ -36,6 +36,7 @@ VLLM: Final = Table(
     prefix_queries=_prefix_cache("queries"),
     prefix_hits=_prefix_cache("hits"),
     preemptions=first("num_preemptions_total"),
+    awake=first('engine_sleep_state{sleep_state="awake"}'),
     adapters="lora_requests_info",
     rank="engine",
     needs="to run without --disable-log-stats",

@@ -45,6 +45,7 @@ class Health:
 
     __slots__ = (
         "_asked",
+        "_asleep",
         "_breaker",
         "_ends_at",
         "_heard",
@@ -96,6 +97,7 @@ class Health:
         self._left = False
         self._refused_at: float | None = None
         self._listed, self._asked = drain, False
+        self._asleep = False
         self._ends_at = math.inf
         self._told, self._told_ends_at = False, math.inf
         """Asked of another router: to drain, and until when."""
@@ -132,9 +134,9 @@ class Health:
         return state, reason, self._since if state is self._state else self._until
 
     def unreachable(self, now: float) -> bool:
-        """Whether nothing that is sent there can arrive."""
+        """Whether nothing that is sent there is served: nobody listens, or it sleeps."""
         state, reason, _ = self.why(now)
-        return state is State.GONE or (state is State.OPEN and reason is Reason.REFUSED)
+        return state is State.GONE or (state is State.OPEN and reason in (Reason.REFUSED, Reason.ASLEEP))
 
     def passed_over(self, now: float) -> bool:
         """Whether it is chosen only where all are out."""
@@ -174,7 +176,7 @@ class Health:
         """State, reason, and until when time alone does not change it. The first that applies:
 
         1. no member, or taken away     5. checks fail                       9. its time out is over: on trial
-        2. nothing listens              6. out: it hangs, or requests fail  10. new, or back
+        2. nothing listens, or it sleeps 6. out: it hangs, or requests fail 10. new, or back
         3. asked to drain               7. one failure, or silence          11. well
         4. about to be taken away       8. never heard of
         """
@@ -189,6 +191,8 @@ class Health:
     def _living(self, now: float) -> tuple[State, Reason, float]:
         if self._refused_at is not None:
             return State.OPEN, Reason.REFUSED, math.inf
+        if self._asleep:
+            return State.OPEN, Reason.ASLEEP, math.inf
         if self._listed or self._asked or self._told:
             return State.DRAINING, Reason.ASKED, math.inf
         if self._end < math.inf:
@@ -360,6 +364,16 @@ class Health:
     def _suspect(self, reason: Reason, firm: bool, now: float) -> None:
         self._suspect_until = now + self.settings.suspect_s
         self._suspect_reason, self._suspect_firm = reason, firm
+
+    def slept(self, asleep: bool, now: float) -> bool:
+        """It says whether it sleeps. True if it woke: then its KV cache is empty, and its share grows as that of a new one."""
+        self._due(now)
+        woke = self._asleep and not asleep
+        if woke:
+            self._slow(Reason.RESTARTED, now)
+        self._asleep = asleep
+        self._settle(now)
+        return woke
 
     # --- membership and drain -----------------------------------------------------------------------------------------
 

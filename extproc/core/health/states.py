@@ -27,6 +27,7 @@ class Reason(StrEnum):
     REFUSED = "refused"  # nothing listens there
     CHECKS_FAILED = "checks_failed"
     NO_MODEL = "no_model"  # the process answers, the model is not listed
+    ASLEEP = "asleep"  # by its own word (vLLM's sleep mode): what is sent there waits until it is woken
     REQUEST_FAILED = "request_failed"  # one request
     REQUESTS_FAILED = "requests_failed"  # several in a row
     FAILURE_RATE = "failure_rate"  # too large a share of them

@@ -34,7 +34,21 @@ class TestRecordedPages:
             prefix_hits=192.0,
             preemptions=0.0,
             adapters=AdaptersSampled(2, ("adapter-a", "adapter-b"), ("adapter-a", "adapter-b")),
+            awake=True,
         )
+
+    def test_an_engine_that_can_sleep_says_whether_it_does(self) -> None:
+        page = recorded("metrics_dp2_fresh.txt")
+        awake = parse_vllm(page)
+        asleep = parse_vllm(
+            page.replace(
+                b'engine="1",model_name="tiny",sleep_state="awake"} 1.0',
+                b'engine="1",model_name="tiny",sleep_state="awake"} 0.0',
+            )
+        )
+        assert awake is not None
+        assert asleep is not None
+        assert (awake.awake, asleep.awake) == (True, False)
 
     def test_an_engine_under_cache_pressure(self) -> None:
         parsed = parse_vllm(recorded("metrics_kv_pressure.txt"))

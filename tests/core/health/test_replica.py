@@ -233,6 +233,23 @@ def test_a_hung_replica_whose_clients_left_gets_one_on_trial_that_may_hang_again
     assert (made.health.state(18.9), made.health.state(19.0)) == (State.OPEN, State.PROBATION)
 
 
+# --- sleep ------------------------------------------------------------------------------------------------------------
+
+
+def test_who_sleeps_is_out_and_who_woke_is_as_new() -> None:
+    made = Watched()
+    assert not made.health.slept(False, 1.0)
+    assert not made.health.slept(True, 2.0)
+    made.health.heard(3.0)
+    made.health.probed(Probe.LIVE, ok=True, now=3.0)
+    assert not made.health.slept(True, 4.0)
+    assert made.news() == [READY, (State.OPEN, Reason.ASLEEP)]
+    assert made.health.unreachable(5.0)
+    assert made.health.slept(False, 6.0)
+    assert made.news() == [(State.SLOW_STARTING, Reason.RESTARTED)]
+    assert not made.health.unreachable(6.0)
+
+
 # --- drain ------------------------------------------------------------------------------------------------------------
 
 

@@ -25,6 +25,7 @@ LEGAL: Final[dict[State, set[Reason]]] = {
     State.SUSPECT: {Reason.REQUEST_FAILED, Reason.SILENT, Reason.CHECKS_FAILED, Reason.NO_MODEL},
     State.OPEN: {
         Reason.REFUSED,
+        Reason.ASLEEP,
         Reason.CHECKS_FAILED,
         Reason.NO_MODEL,
         Reason.REQUESTS_FAILED,
@@ -45,6 +46,7 @@ evidence: st.SearchStrategy[Evidence] = st.one_of(
     st.just(Health.worked),
     st.just(Health.drain_ended),
     st.builds(lambda probe, ok: lambda h, now: h.probed(probe, ok, now), st.sampled_from(Probe), flags),
+    st.builds(lambda asleep: lambda h, now: h.slept(asleep, now), flags),
     st.builds(lambda age: lambda h, now: h.succeeded(now - age, now), ages),
     st.builds(lambda age, working: lambda h, now: h.failed(now - age, now, working), ages, flags),
     st.just(lambda h, now: h.failed(now, now)),
@@ -104,6 +106,7 @@ def test_successes_in_a_row_always_bring_it_back(
     for _ in range(S.successes):
         now += 0.1
         made.health.heard(now)
+        made.health.slept(False, now)
         for probe in Probe:
             made.health.probed(probe, ok=True, now=now)
         made.health.worked(now)
