@@ -14,13 +14,12 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry, disable_created_metrics
@@ -28,7 +27,6 @@ from prometheus_client import CollectorRegistry, disable_created_metrics
 from extproc.adapters import discovery
 from extproc.adapters.admin import Admin, Wanted
 from extproc.adapters.config_watch import ConfigState, ConfigWatch
-from extproc.adapters.engines import CHOICES, health_paths
 from extproc.adapters.gpu import follow
 from extproc.adapters.gpu_replicas import GpuWatch
 from extproc.adapters.keys import KeyFileError
@@ -43,49 +41,41 @@ from extproc.adapters.metrics_scaling import ScalingCollector
 from extproc.adapters.metrics_service import Life, ServiceCollector
 from extproc.adapters.metrics_shared import SharedCollector
 from extproc.adapters.metrics_tokenizing import TokenizingCollector, TokenizingMetrics
-from extproc.adapters.probing import Checks, Prober
+from extproc.adapters.probing import Prober
 from extproc.adapters.pulse import Pulse
 from extproc.adapters.ranks import Ranks
 from extproc.adapters.reading import ReadingCollector, ReadingPool
 from extproc.adapters.recorder import Recorder
-from extproc.adapters.scraping import Scraper, Target
+from extproc.adapters.scraping import Scraper
 from extproc.adapters.shared.pushing import Changes
 from extproc.adapters.shared.sharing import Sharing
+from extproc.adapters.sites import StartError as StartError
+from extproc.adapters.sites import cannot_listen, not_taken, site
 from extproc.adapters.tasks import Tasks
 from extproc.adapters.tenancy import Tenancy
 from extproc.adapters.tokenizing.starting import tokenizing
+from extproc.adapters.waking import DOUBT, Waker
 from extproc.config import (
     READING_LIMIT_S,
     Config,
     ConfigError,
-    DisaggregationConfig,
     Gpus,
     PoolConfig,
-    Scaling,
-    Section,
     Shared,
 )
 from extproc.core import fleet
-from extproc.core.admission.settings import QueueSettings
-from extproc.core.health.settings import HealthSettings
 from extproc.core.health.states import State
-from extproc.core.lora import UNKNOWN
-from extproc.core.observers import Ended, HealthChanged, Quiet, Several
+from extproc.core.observers import Several
 from extproc.core.pool import Pool
 from extproc.core.ranks import endpoint_of
 from extproc.core.roles import role, unknown_role
 from extproc.core.router import Router
-from extproc.core.scaling.settings import ScalingSettings, Thresholds
-from extproc.core.scaling.warm import WarmSettings
-from extproc.core.settings import DisaggregationSettings, LoraSettings, PoolSettings
 from extproc.core.types import (
     CacheChanged,
     CacheUnknown,
     CatalogConfigured,
     Change,
     Configured,
-    Decision,
-    End,
     Fact,
     NotSampled,
     Probed,
@@ -97,16 +87,18 @@ from extproc.core.types import (
     Stalled,
 )
 from extproc.envoy import credentials
-from extproc.envoy.endpoints import EndpointsFile, Health, Member, Members
+from extproc.envoy.endpoints import EndpointsFile, Members
 from extproc.envoy.exchange import Head
 from extproc.envoy.intake import Intake
 from extproc.envoy.members_writer import MembersWriter
+from extproc.envoy.membership import for_envoy
 from extproc.envoy.models import catalog_settings
 from extproc.envoy.scaler import Scale, Scaler
 from extproc.envoy.server import Server
 from extproc.openai.errors import HttpError
 from extproc.openai.tokens import TOKENIZED, Tokenized
 from extproc.redis_url import parse
+from extproc.settings import checks_of, gpu_url, settings, target
 
 log = logging.getLogger(__name__)
 
@@ -116,51 +108,6 @@ TICK_S = 0.25
 
 CLOSING_S = 1.0
 """Of the grace period, kept for the end: pages that are being read, tasks, the log."""
-
-
-class StartError(Exception):
-    """Extproc cannot listen where it is told to; the text names the key and the remedy."""
-
-
-DOUBT = frozenset({State.STARTING, State.SUSPECT, State.OPEN, State.PROBATION})
-"""States that a check may change, so that replicas in them are checked at the shorter interval."""
-
-
-class Waker(Quiet):
-    """Has a replica scraped soon after it was given work, and scraped and checked soon after doubt arose."""
-
-    def __init__(
-        self,
-        scrape: Callable[[str], None],
-        probe: Callable[[str], None],
-        list_models: Callable[[str], None],
-        tell: Callable[[], None],
-    ) -> None:
-        """`tell`: the proxy has to hear of a change."""
-        self._scrape = scrape
-        self._probe = probe
-        self._list_models = list_models
-        self._tell = tell
-
-    def decided(self, decision: Decision) -> None:
-        if decision.endpoints:
-            self._scrape(decision.endpoints[0])
-        if decision.prefiller is not None:
-            self._scrape(decision.prefiller)
-
-    def ended(self, ended: Ended) -> None:
-        if not ended.flight.address:
-            return  # to a provider
-        if ended.moved or ended.outcome.broken or ended.outcome.end in (End.UNREACHABLE, End.UPSTREAM_ERROR):
-            self._scrape(ended.flight.address)  # passed over until it is heard of again
-            self._probe(ended.flight.address)
-        if ended.flight.adapter is not None and ended.outcome.status == UNKNOWN:
-            self._list_models(ended.flight.at)  # it may have been unloaded there
-
-    def health_changed(self, change: HealthChanged) -> None:
-        self._tell()
-        if change.after in DOUBT:
-            self._probe(change.address)
 
 
 class App:
@@ -206,9 +153,9 @@ class App:
         self.registry.register(ModelCollector(self.router, clock))
         self.registry.register(ScalingCollector(self.router, clock))
         self.registry.register(FleetCollector(self.router, clock))
-        targets = {pool.name: _target(pool) for pool in config.pools}
+        targets = {pool.name: target(pool) for pool in config.pools}
         self._scraper = Scraper(targets, self._learn, rng=rng, busy=self._busy)
-        checks = {pool.name: _checks(pool) for pool in config.pools}
+        checks = {pool.name: checks_of(pool) for pool in config.pools}
         self._prober = Prober(checks, self._learn, rng=rng, doubtful=self._doubtful, idle=self._idle)
         self._listening = Listening(self._told, rng, EventMetrics(self.registry).lag)
         self.registry.register(EventCollector(lambda: self._listening.following))
@@ -454,11 +401,11 @@ class App:
         for old, new in zip(before.pools, config.pools, strict=True):
             if settings(old) != settings(new):
                 self._learn(Configured(new.name, settings(new)))
-            self._scraper.retarget(new.name, _target(new))
-            self._prober.retarget(new.name, _checks(new))
+            self._scraper.retarget(new.name, target(new))
+            self._prober.retarget(new.name, checks_of(new))
             if (old.replicas, old.discovery, old.labels) != (new.replicas, new.discovery, new.labels):
                 self._discover(new)
-            if _gpu_url(old) != _gpu_url(new):
+            if gpu_url(old) != gpu_url(new):
                 self._follow_gpus(new)
                 self._watch_gpus(new)  # who tells the mean over the pool is another now
 
@@ -505,7 +452,7 @@ class App:
 
     def _follow_gpus(self, pool: PoolConfig) -> None:
         """Ask for the use of the pool's GPUs from now on, where it is told of."""
-        self._tasks.start(f"GPU use of {pool.name}", partial(follow, pool.name, _gpu_url(pool), self._learn))
+        self._tasks.start(f"GPU use of {pool.name}", partial(follow, pool.name, gpu_url(pool), self._learn))
 
     def _watch_gpus(self, pool: PoolConfig) -> None:
         """Ask for the use of each replica's GPUs from now on, where it is told of."""
@@ -514,7 +461,7 @@ class App:
 
     async def _gpus_of(self, pool: PoolConfig, settings: Gpus) -> None:
         replicas = partial(self._replicas, pool.name)
-        whole = _gpu_url(pool) is None
+        whole = gpu_url(pool) is None
         await GpuWatch(pool.name, settings, replicas, self._everywhere, self._learn, whole=whole).run()
 
     def _everywhere(self) -> set[str]:
@@ -549,7 +496,7 @@ class App:
         """
         now = self._clock()
         return {
-            name: _for_envoy(pool.fleet.members, now) for name, pool in self.router.pools.items() if name in self._known
+            name: for_envoy(pool.fleet.members, now) for name, pool in self.router.pools.items() if name in self._known
         }
 
     # --- servers ------------------------------------------------------------------------------------------------------
@@ -567,18 +514,18 @@ class App:
         )
         self._web = web.AppRunner(admin.application(), access_log=None, shutdown_timeout=CLOSING_S / 2)
         await self._web.setup()
-        await _not_taken("http", self.config.listen.http)
+        await not_taken("http", self.config.listen.http)
         try:
-            await _site(self._web, self.config.listen.http).start()
+            await site(self._web, self.config.listen.http).start()
         except OSError as e:
-            raise _cannot_listen("http", self.config.listen.http, os.strerror(e.errno or 0)) from None
+            raise cannot_listen("http", self.config.listen.http, os.strerror(e.errno or 0)) from None
 
     async def _start_grpc(self) -> None:
-        await _not_taken("grpc", self.config.listen.grpc)
+        await not_taken("grpc", self.config.listen.grpc)
         try:
             await self._server.start()
         except RuntimeError:  # gRPC tells the reason in its own line on standard error, and not here
-            raise _cannot_listen("grpc", self.config.listen.grpc, "taken, or not of this machine") from None
+            raise cannot_listen("grpc", self.config.listen.grpc, "taken, or not of this machine") from None
 
 
 def _tenancy(config: Config, router: Router, clock: Callable[[], float], name: str) -> Tenancy:
@@ -601,107 +548,8 @@ async def _shared_by_redis(sharing: Sharing, shared: Shared | None) -> None:
     await sharing.run(shared, f"Redis ({parse(shared.url)})", RedisBoard(shared, sharing.name), channel)
 
 
-def _site(runner: web.AppRunner, listen: str) -> web.BaseSite:
-    if listen.startswith("unix:"):
-        return web.UnixSite(runner, listen.removeprefix("unix:"))
-    host, _, port = listen.rpartition(":")
-    return web.TCPSite(runner, host.strip("[]"), int(port))
-
-
-async def _not_taken(key: str, listen: str) -> None:
-    """Raises StartError where another process answers on the socket: it would be taken away from it without a word."""
-    if not listen.startswith("unix:"):
-        return
-    try:
-        async with asyncio.timeout(1):
-            _, writer = await asyncio.open_unix_connection(listen.removeprefix("unix:"))
-    except OSError:
-        return  # no such file, or left behind by one that is gone
-    writer.close()
-    raise _cannot_listen(key, listen, "another process answers there")
-
-
-def _cannot_listen(key: str, listen: str, why: str) -> StartError:
-    return StartError(f"listen.{key}: cannot listen on {listen}: {why}; stop what listens there, or choose another")
-
-
-def settings(pool: PoolConfig) -> PoolSettings:
-    """The core's view of a pool's configuration."""
-    return PoolSettings(
-        name=pool.name,
-        models=pool.models,
-        policy=pool.policy,
-        policy_options=pool.policy_options,
-        scraped=pool.engine != "none",
-        stale_after_s=pool.scrape.stale_after_s,
-        health=HealthSettings(**_shared(HealthSettings, pool.health)),
-        queue=QueueSettings(**{**_shared(QueueSettings, pool.queue), "absent_wait_s": pool.absent_wait_s}),
-        scaling=_scaling(pool.scaling),
-        lora=LoraSettings(pool.lora.load_s, pool.lora.slots),
-        ranks=pool.data_parallel,
-        disaggregation=_disaggregation(pool.disaggregation),
-    )
-
-
-def _disaggregation(section: DisaggregationConfig | None) -> DisaggregationSettings | None:
-    if section is None:
-        return None
-    return DisaggregationSettings(
-        kv_bytes_per_token=section.kv_bytes_per_token,
-        bandwidth_bytes_per_s=section.bandwidth_gbit_per_s * 1e9 / 8,
-        latency_s=section.latency_s,
-        local_prefill=section.local_prefill,
-    )
-
-
-def _gpu_url(pool: PoolConfig) -> str | None:
-    return pool.scaling.gpu_url if pool.scaling is not None else None
-
-
-def _scaling(section: Scaling | None) -> ScalingSettings | None:
-    if section is None:
-        return None
-    bounds = Thresholds(**_shared(Thresholds, section.thresholds))
-    warm = WarmSettings(**_shared(WarmSettings, section.warm)) if section.warm else None
-    return ScalingSettings(**{**_shared(ScalingSettings, section), "thresholds": bounds, "warm": warm})
-
-
-def _target(pool: PoolConfig) -> Target:
-    return Target(CHOICES[pool.engine], pool.scrape, pool.data_parallel)
-
-
-def _checks(pool: PoolConfig) -> Checks:
-    return Checks(pool.health, pool.models, health_paths(CHOICES[pool.engine] or CHOICES["auto"]))
-
-
 def _by_silence(fact: Fact) -> bool:
     """Whether the fact may say no more than that a timer of ours fired."""
     if isinstance(fact, NotSampled):
         return fact.why is ScrapeFailure.LATE
     return isinstance(fact, Probed) and not fact.ok
-
-
-def _shared(record: type[Any], section: Section) -> dict[str, Any]:
-    """The values of a section that the core's settings name as well."""
-    return {field.name: getattr(section, field.name) for field in fields(record)}
-
-
-def _for_envoy(members: Iterable[fleet.Member], now: float) -> list[Member]:
-    """Each address once, as well as the best of the ranks behind it."""
-    found: dict[str, Member] = {}
-    for member in members:
-        endpoint, health = endpoint_of(member.address), _health(member.state(now))
-        known = found.get(endpoint)
-        if known is None or _BEST_FIRST.index(health) < _BEST_FIRST.index(known.health):
-            found[endpoint] = Member(endpoint, health, member.replica.weight)
-    return list(found.values())
-
-
-_BEST_FIRST = (Health.HEALTHY, Health.DRAINING, Health.UNHEALTHY)
-
-
-def _health(state: State) -> Health:
-    """What Envoy's fallback policy is to make of it. Were all unhealthy, its panic threshold would take all the same."""
-    if state in (State.OPEN, State.GONE):
-        return Health.UNHEALTHY
-    return Health.DRAINING if state is State.DRAINING else Health.HEALTHY

@@ -21,7 +21,8 @@ import yaml
 
 from extproc.adapters.discovery import FakeSource
 from extproc.adapters.discovery.base import Emit
-from extproc.app import App, StartError, Waker
+from extproc.adapters.waking import Waker
+from extproc.app import App, StartError
 from extproc.config import Config, load
 from extproc.core.health.states import Reason, State
 from extproc.core.lora import Wanted

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from extproc.app import settings
 from extproc.config import ConfigError, parse
 from extproc.core.settings import LoraSettings
+from extproc.settings import settings
 
 POOL = "pools: [{replicas: ['10.0.0.1:8000']%s}]"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import aiohttp
 
-from extproc.app import App, settings
+from extproc.app import App
 from extproc.config import Config, PoolConfig
 from extproc.core.types import Route, Wait
 from extproc.envoy.scaler import SERVICE
@@ -17,6 +17,7 @@ from extproc.pb.externalscaler.externalscaler_pb2 import (
     IsActiveResponse,
     ScaledObjectRef,
 )
+from extproc.settings import settings
 from tests.core.support import request
 from tests.e2e.stack import configured, replica
 from tests.envoy.client import channel
