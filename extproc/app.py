@@ -29,6 +29,7 @@ from extproc.adapters.admin import Admin, Wanted
 from extproc.adapters.config_watch import ConfigState, ConfigWatch
 from extproc.adapters.gpu import follow
 from extproc.adapters.gpu_replicas import GpuWatch
+from extproc.adapters.health_log import HealthLog
 from extproc.adapters.keys import KeyFileError
 from extproc.adapters.kv_events.listening import Listening
 from extproc.adapters.logs import Logs, set_level
@@ -144,6 +145,7 @@ class App:
                 ModelMetrics(self.registry),
                 *([tokenizing_metrics] if self._tokenizing else []),
                 self.recorder,
+                HealthLog(clock),
                 Waker(self._scrape_soon, self._probe_soon, self._list_soon, self._tell_envoy),
             ),
             config.requests.flight_ttl_s,
