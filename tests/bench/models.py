@@ -3,7 +3,7 @@
 python -m tests.bench.models [--only PART ...] [--traces FOLDER]
 
 Parts: `precise` (what exactness is worth in the simulator; the shares of exact predictions are those that `make test-vllm` found with
-real engines, null where it was not run), `pd` (splitting by cost against always, never and by a threshold), `canary` (the share that
+real engines, where it was not run those of simulated ones), `pd` (splitting by cost against always, never and by a threshold), `canary` (the share that
 was asked for and the one that came out), `fallback` (errors that clients see while a pool dies and a provider takes over), `lora` (mean TTFT with knowledge of loaded adapters against none).
 """
 
@@ -24,9 +24,11 @@ KEYS: Final = ("precise", "pd", "canary", "fallback", "lora")
 
 
 def precise(traces: Path | None) -> Figures:
-    """Shares of exact predictions by real engines, and the gain in mean TTFT by simulated ones."""
-    real = json.loads(REAL.read_text()) if REAL.exists() else {"exact_share": None, "fallback_share": None}
-    return {"precise": {**real, **importlib.import_module("tests.bench.precise").briefly(traces)}}
+    """Shares of exact predictions by real engines, else by simulated ones, and the gain in mean TTFT by these."""
+    shares = (
+        json.loads(REAL.read_text()) if REAL.exists() else importlib.import_module("tests.bench.models_exact").run()
+    )
+    return {"precise": {**shares, **importlib.import_module("tests.bench.precise").briefly(traces)}}
 
 
 def _of(module: str, traces: Path | None) -> Figures:

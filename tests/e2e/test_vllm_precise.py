@@ -263,7 +263,7 @@ async def test_predicted_cached_tokens_are_those_that_the_engine_reports(tmp_pat
             for key in ("exact_share", "fallback_share")
         }
         FIGURES.parent.mkdir(exist_ok=True)
-        FIGURES.write_text(json.dumps(shares) + "\n")
+        FIGURES.write_text(json.dumps({**shares, "engines": "vllm"}) + "\n")
         assert sum(removed.values()) > 100
         for each in found.values():
             assert each["sizes_right"] == each["requests"]
