@@ -47,6 +47,7 @@ def _disaggregation(section: DisaggregationConfig | None) -> DisaggregationSetti
         bandwidth_bytes_per_s=section.bandwidth_gbit_per_s * 1e9 / 8,
         latency_s=section.latency_s,
         local_prefill=section.local_prefill,
+        bootstrap_port=section.bootstrap_port if section.mirrors else None,
     )
 
 

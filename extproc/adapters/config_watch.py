@@ -69,7 +69,9 @@ def _merged_provider(running: ProviderConfig, wanted: ProviderConfig) -> Provide
 
 def _merged_pool(running: PoolConfig, wanted: PoolConfig, queue_fits: bool) -> PoolConfig:
     taken = LIVE_IN_POOLS if queue_fits else LIVE_IN_POOLS - {"queue", "scaling"}
-    if running.disaggregation is not None and wanted.disaggregation is not None:  # else Envoy's headers differ
+    before, after = running.disaggregation, wanted.disaggregation
+    # Else Envoy's headers and routes differ.
+    if before is not None and after is not None and before.mirrors is after.mirrors:
         taken |= {"disaggregation"}
     return running.model_copy(update={name: getattr(wanted, name) for name in taken})
 

@@ -19,7 +19,7 @@ from extproc.config.discovery import (
     Discovery,
 )
 from extproc.config.scaling import Scaling
-from extproc.core.roles import Role, role, unknown_role
+from extproc.core.roles import BOOTSTRAP_PORT, Role, bootstrap_port, role, unknown_role
 
 
 class ReplicaConfig(Section):
@@ -227,8 +227,10 @@ class LoraConfig(Section):
 class DisaggregationConfig(Section):
     """Prefill and decode on different replicas, told apart by their label `role`. See docs/disaggregation.md."""
 
-    protocol: Literal["llm-d"] = "llm-d"
-    """How a replica that answers is told of another that computes the prompt: `llm-d` sends the headers `x-prefiller-host-port` and `x-llm-d-prefiller-host-port` to llm-d's side-car beside it, whatever the engine behind that."""
+    protocol: Literal["llm-d", "sglang"] = "llm-d"
+    """How a replica that answers is told of another that computes the prompt: `llm-d` sends the headers `x-prefiller-host-port` and `x-llm-d-prefiller-host-port` to llm-d's side-car beside it, whatever the engine behind that. `sglang` needs no side-car: Envoy sends the request to both, with `bootstrap_host`, `bootstrap_port` and `bootstrap_room` in its body."""
+    bootstrap_port: int = Field(default=8998, ge=1, le=65_535)
+    """With `sglang`: the `--disaggregation-bootstrap-port` of replicas that prefill and have no label `bootstrap_port`."""
     local_prefill: bool = True
     """Replicas with the role `decode` can compute prompts as well, and do where that costs less. false: they cannot, as SGLang's."""
     kv_bytes_per_token: float = Field(default=131_072, gt=0)
@@ -241,12 +243,23 @@ class DisaggregationConfig(Section):
     @field_validator("protocol", mode="before")
     @classmethod
     def _one_request(cls, value: Any) -> Any:
-        if value in ("vllm", "sglang"):
+        if value == "vllm":
             raise ValueError(
-                f"{value} needs a second request, which a proxy does not send; put llm-d's side-car beside the replicas, "
-                "with its connector for that engine, and write llm-d"
+                "vllm needs two requests that differ, and a proxy sends one; put llm-d's side-car beside the replicas, "
+                "with its connector for vLLM, and write llm-d"
             )
         return value
+
+    @property
+    def mirrors(self) -> bool:
+        """Whether the proxy sends a split request to both replicas."""
+        return self.protocol == "sglang"
+
+    @model_validator(mode="after")
+    def _one_role_each(self) -> Self:
+        if self.mirrors and self.local_prefill:
+            raise ValueError("protocol sglang needs local_prefill: false, for an engine of SGLang's has one role")
+        return self
 
 
 class PoolConfig(Section):
@@ -298,6 +311,10 @@ class PoolConfig(Section):
         for address, each in labels.items():
             if role(each) is None:
                 raise ValueError(f"has disaggregation and replica {address} with the {unknown_role(each)}")
+        if wrong := next(
+            (a for a, each in labels.items() if BOOTSTRAP_PORT in each and not bootstrap_port(each)), None
+        ):
+            raise ValueError(f"has replica {wrong} with a label {BOOTSTRAP_PORT} that is no port; write 1 to 65535")
         if labels and all(role(each) is Role.PREFILL for each in labels.values()):
             raise ValueError(
                 "has disaggregation and only replicas with the role prefill, so nobody answers; add others"
@@ -328,6 +345,11 @@ class PoolConfig(Section):
                 "has scaling.min_replicas: 0 but no queue to wait in; set queue.enabled: true, or 1 replica"
             )
         return self
+
+    @property
+    def mirrors(self) -> bool:
+        """Whether the proxy sends some requests to two replicas."""
+        return self.disaggregation is not None and self.disaggregation.mirrors
 
     @property
     def from_zero(self) -> bool:

@@ -46,8 +46,13 @@ def decide(flight: str, pool: Pool, ask: Ask, ranking: Ranking, now: float, list
         output_p90_tokens=pool.output_tokens.p90(request.model, request.api, request.tenant, request.max_output_tokens),
         target=request.target,
         prefix_source=ask.prefix_source((best if ask.split is None else ask.split.member).replica.address),
+        bootstrap_port=_bootstrap_port(pool, ask),
         prefiller=None if ask.split is None else ask.split.member.address,
     )
+
+
+def _bootstrap_port(pool: Pool, ask: Ask) -> int | None:
+    return None if ask.split is None or pool.disaggregation is None else pool.disaggregation.port_of(ask.split.member)
 
 
 def _endpoints(pool: Pool, order: Sequence[tuple[float, Member]]) -> tuple[str, ...]:

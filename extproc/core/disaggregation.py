@@ -21,7 +21,7 @@ from extproc.core.fleet import Fleet, Member
 from extproc.core.flights import Flight, Leg
 from extproc.core.policies.base import Ranking, rendezvous
 from extproc.core.prediction import Ask, Parts, Split, cost_s, predict
-from extproc.core.roles import Role, role
+from extproc.core.roles import Role, bootstrap_port, role
 from extproc.core.settings import DisaggregationSettings
 from extproc.core.traffic import Traffic
 from extproc.core.types import Api, End, Outcome, Prediction, Request
@@ -119,8 +119,26 @@ class Disaggregation:
         self.settings = self.transfer.settings = settings
 
     def apart(self, request: Request) -> bool:
-        """Whether the request may be split: side-cars do so for the two APIs of completions alone."""
-        return request.api in (Api.CHAT, Api.COMPLETIONS)
+        """Whether the request may be split: side-cars do so for the two APIs of completions alone.
+
+        Without them what can be sent to both. Of several samples SGLang 0.5.23 would have the KV caches all under one name.
+        """
+        if request.api not in (Api.CHAT, Api.COMPLETIONS):
+            return False
+        return self.settings.bootstrap_port is None or (request.mirrorable and request.samples == 1)
+
+    def helped(self, member: Member) -> bool:
+        """Whether it can answer a request whose prompt another computes."""
+        return decodes(member) if self.settings.bootstrap_port is None else role_of(member) is Role.DECODE
+
+    def helps(self, member: Member) -> bool:
+        """Whether it can compute prompts for others."""
+        return prefills(member) if self.settings.bootstrap_port is None else role_of(member) is Role.PREFILL
+
+    def port_of(self, prefiller: Member) -> int | None:
+        """Where it is asked for the KV cache; None where that is a side-car's matter."""
+        port = self.settings.bootstrap_port
+        return None if port is None else bootstrap_port(prefiller.replica.labels) or port
 
     def alone(self, member: Member) -> bool:
         """Whether the replica can answer without another."""
@@ -221,7 +239,7 @@ class Disaggregation:
         return parts
 
 
-def book(flight: Flight, split: Split, unseen_s: float, now: float) -> Leg:
+def book(flight: Flight, split: Split, unseen_s: float, now: float, tried_again: bool = True) -> Leg:
     """Put the prompt of a flight into the queue of the replica that computes it. `unseen_s`: others' prefill expected there."""
     member, prediction = split.member, split.prediction
     backlog_s = member.backlog_s(now)
@@ -239,7 +257,7 @@ def book(flight: Flight, split: Split, unseen_s: float, now: float) -> Leg:
         unseen_s=unseen_s,
         leg=None,
     )
-    flight.leg = Leg(leg, split.transfer_s[flight.address])
+    flight.leg = Leg(leg, split.transfer_s[flight.address], tried_again)
     member.load.open_leg(leg, now, backlog_s)
     member.health.tried(leg.id, now)
     return flight.leg
@@ -252,7 +270,7 @@ def suspected(flight: Flight, outcome: Outcome, now: float) -> bool:
     when it asked another, even if it then found nobody else to ask; where no first token is seen, else one that came as early as
     the first token might have.
     """
-    again = outcome.attempts > 1
+    again = outcome.attempts > 1 and flight.leg is not None and flight.leg.tried_again
     if flight.leg is None or not (outcome.end is End.UPSTREAM_ERROR or (outcome.end is End.UNREACHABLE and again)):
         return False
     if flight.shows_first_token or again:

@@ -117,6 +117,8 @@ class Leg:
     """As the replica that prefills has it: only its place in the queue there counts."""
     transfer_s: float
     """Expected from there to the replica that answers."""
+    tried_again: bool = True
+    """Whether the proxy asks another that answers when the first says that it failed, and not only where that refuses to be asked."""
 
 
 class Load:

@@ -8,7 +8,7 @@ from typing import Final
 
 from extproc.core.admission.admission import Admission, Reach, Work
 from extproc.core.admission.fairness import charge_tokens
-from extproc.core.disaggregation import Disaggregation, book, decodes, learn, prefills, suspected
+from extproc.core.disaggregation import Disaggregation, book, decodes, learn, suspected
 from extproc.core.estimates import Estimates, failed
 from extproc.core.fleet import Changed, Fleet, Member
 from extproc.core.flights import Flight
@@ -119,7 +119,7 @@ class Pool(Estimates):
         if disaggregation.settings.local_prefill or not disaggregation.apart(request):
             return self._able(request, now, disaggregation.alone)
         helped = bool(self._prefillers(request, disaggregation, now))
-        return self._able(request, now, decodes if helped else disaggregation.alone)
+        return self._able(request, now, disaggregation.helped if helped else disaggregation.alone)
 
     def _able(self, request: Request, now: float, among: Callable[[Member], bool] | None = None) -> list[Member]:
         """Candidates, of a LoRA adapter only those that list it."""
@@ -134,8 +134,14 @@ class Pool(Estimates):
         """Names for what requests are short of at present: equal for those of which none fits where one does not.
 
         The members that they may go to; and for a LoRA adapter any slot, or those where it is in use. Not while no member has room at
-        all: then the first that is tried stands for all.
+        all: then the first that is tried stands for all. Those that are split, where others must not be, never stand for these.
         """
+        reach, disaggregation = self._reach(now), self.disaggregation
+        if disaggregation is None or disaggregation.settings.local_prefill:
+            return reach
+        return lambda request: (disaggregation.apart(request), reach(request))
+
+    def _reach(self, now: float) -> Reach:
         members, holders, within_s = self.fleet.members, self.lora.holders, self.settings.queue.hold_above_s
         if not holders or all(member.backlog_s(now) > within_s for member in members):
             return attrgetter("subset")
@@ -157,7 +163,7 @@ class Pool(Estimates):
 
     def _prefillers(self, request: Request, disaggregation: Disaggregation, now: float) -> list[Member]:
         """Who may compute its prompt for another. Those that are out are tried, for want of better ones, only where none can do without."""
-        found = self._able(request, now, prefills)
+        found = self._able(request, now, disaggregation.helps)
         return [m for m in found if m.state(now) in _WELL] if disaggregation.settings.local_prefill else found
 
     def serves(self, model: str) -> bool:
@@ -198,7 +204,9 @@ class Pool(Estimates):
         """Reserve the replica that computes the prompt of a flight."""
         assert ask.split is not None
         assert self.disaggregation is not None
-        leg = book(flight, ask.split, unseen(ask.split.member, now) * ask.prices.unseen_s, now).flight
+        unseen_s = unseen(ask.split.member, now) * ask.prices.unseen_s
+        by_side_car = self.disaggregation.settings.bootstrap_port is None
+        leg = book(flight, ask.split, unseen_s, now, tried_again=by_side_car).flight
         self.disaggregation.legs.arrived(leg.prediction.prefill_s, now)
         self.caches.placed(leg.id, leg.address, ask.request)
 

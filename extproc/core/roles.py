@@ -8,6 +8,8 @@ from typing import Final
 
 ROLE: Final = "role"
 """Label of a replica."""
+BOOTSTRAP_PORT: Final = "bootstrap_port"
+"""Label of a replica of SGLang's that prefills: its `--disaggregation-bootstrap-port`."""
 
 
 class Role(StrEnum):
@@ -34,6 +36,15 @@ def role(labels: Mapping[str, str]) -> Role | None:
     None for a role that is not known, such as llm-d's `encode`: it gets nothing, for nobody knows what it can do.
     """
     return ROLES.get(labels.get(ROLE))
+
+
+def bootstrap_port(labels: Mapping[str, str]) -> int | None:
+    """The port that the labels name; None where they name none, and for what is none."""
+    text = labels.get(BOOTSTRAP_PORT, "")
+    if not (text.isascii() and text.isdecimal() and len(text) <= 5):
+        return None
+    port = int(text)
+    return port if 0 < port < 65_536 else None
 
 
 def unknown_role(labels: Mapping[str, str]) -> str:

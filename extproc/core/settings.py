@@ -19,6 +19,9 @@ class DisaggregationSettings:
     bandwidth_bytes_per_s: float = 12.5e9
     latency_s: float = 0.01
     local_prefill: bool = True
+    bootstrap_port: int | None = None
+    """Where engines that find each other by themselves (SGLang) ask for a KV cache: both then get the same request, and each has one role.
+    None where a side-car brings it."""
 
 
 @record

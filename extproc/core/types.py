@@ -91,6 +91,8 @@ class Request:
     """The client wants its first token within so long, and a refusal at once where that cannot be; None where it waits."""
     body_bytes: int = 0
     """What holding it takes up."""
+    mirrorable: bool = False
+    """The proxy can send a copy to a second replica, with what we put into the body."""
     subset: frozenset[str] | None = None
     """Only these endpoints (`ip:port` or `ip`) may be chosen; None is no restriction, empty is none allowed."""
     account: Account | None = None
@@ -629,6 +631,8 @@ class Decision:
     """Of the catalog's model that was asked for; None where the catalog does not have it."""
     prefix_source: PrefixSource = PrefixSource.NONE
     """What told how much of the prompt is cached on the first endpoint."""
+    bootstrap_port: int | None = None
+    """Where the prefiller is asked for the KV cache; None where a side-car does that, and where there is no prefiller."""
     prefiller: str | None = None
     """Replica that computes the prompt for the first endpoint; None where that does it itself."""
 

@@ -39,14 +39,17 @@ from extproc.envoy.names import (
     FLIGHT,
     JWT_NAMESPACE,
     LB_NAMESPACE,
+    MIRROR_HEADER,
     NAMESPACE,
     PATIENCE_HEADER,
     POOL_HEADER,
+    PREFILLER,
     PREFILLER_HEADERS,
     PROMPT_TOKENS,
     RANK_HEADER,
     REFUSED_DETAILS,
     REPLICA_TTFT_TAG,
+    RETRIES_HEADER,
     SERVED,
     SIDECAR_HEADERS,
     STRIP_USAGE,
@@ -106,7 +109,8 @@ def event(raw: bytes, wanted: frozenset[str] = ALWAYS) -> Event:
     if kind == "request_headers":
         end, mode, duplex = request.request_headers.end_of_stream, _mode(request), _duplex_response(request)
         usage_is_read = mode is not Mode.FULL_DUPLEX or duplex
-        return HeadersArrived(_head(request, wanted, usage_is_read), end, mode, duplex)
+        head = _head(request, wanted, usage_is_read, mirrors=mode is Mode.BUFFERED)
+        return HeadersArrived(head, end, mode, duplex)
     if kind == "request_trailers":
         return TRAILERS_ARRIVED
     if kind is None:
@@ -145,7 +149,7 @@ def _header_value(header: HeaderValue) -> str:
     return header.raw_value.decode("utf-8", "replace") or header.value
 
 
-def _head(request: pb.ProcessingRequest, wanted: frozenset[str], usage_is_read: bool) -> Head:
+def _head(request: pb.ProcessingRequest, wanted: frozenset[str], usage_is_read: bool, mirrors: bool) -> Head:
     found: dict[str, str] = {}
     for header in request.request_headers.headers.headers:
         if (key := header.key) in wanted:
@@ -162,6 +166,7 @@ def _head(request: pb.ProcessingRequest, wanted: frozenset[str], usage_is_read: 
         subset=_subset(request) if told else None,
         claims=_claims(request) if told else None,
         usage_is_read=usage_is_read,
+        mirrors=mirrors,
     )
 
 
@@ -248,6 +253,8 @@ def _set_destination(command: SetDestination) -> bytes:
         metadata[LB_NAMESPACE].struct_value.fields[DESTINATION].string_value = steer.destination
     ours = metadata[NAMESPACE].struct_value.fields
     ours[FLIGHT].string_value = steer.flight
+    if steer.mirror is not None:
+        ours[PREFILLER].string_value = steer.mirror
     if steer.strip_usage:
         ours[STRIP_USAGE].bool_value = True
     for key, value in steer.ratelimit:
@@ -268,6 +275,11 @@ def _change(common: pb.CommonResponse, command: SetDestination) -> None:
         _set_header(mutation, RANK_HEADER, str(steer.rank))
     if steer.prefiller is not None:
         _tell_sidecar(mutation, steer.prefiller)
+    if steer.mirror is not None:
+        _set_header(mutation, MIRROR_HEADER, "1")
+        common.clear_route_cache = True
+    if steer.retries is not None:
+        _set_header(mutation, RETRIES_HEADER, str(steer.retries))
     if steer.pool is not None:
         _set_header(mutation, POOL_HEADER, steer.pool)
         common.clear_route_cache = True

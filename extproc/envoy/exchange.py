@@ -91,6 +91,8 @@ class Head:
     """Payloads of verified tokens by the name under which the proxy keeps them; None where it sent none."""
     usage_is_read: bool = True
     """Whether anybody reads the token counts of the response: our own filter in the proxy, or this stream."""
+    mirrors: bool = False
+    """Whether the proxy has the routes of our bootstrap, by which it can send a copy of the request to a second replica."""
 
 
 @record
@@ -115,6 +117,10 @@ class Steer:
     prefiller: str | None = None
     """`ip:port` of the replica that computes the prompt for the destination; empty where that does it itself, so that nobody else may
     name one, and None in pools where none could be named."""
+    mirror: str | None = None
+    """`ip:port` of the replica that computes the prompt, where the proxy itself is to send it the same request."""
+    retries: int | None = None
+    """How often the proxy may try another, if not as often as it does."""
 
 
 @record

@@ -179,6 +179,7 @@ class Intake:
         self._router = router
         self._requests = config.requests
         self._apart = frozenset(p.name for p in config.pools if p.disaggregation is not None)
+        self._mirrors = any(p.mirrors for p in config.pools)
         self._limits = Limits(
             config.requests.max_json_depth, config.requests.max_prompt_blocks, transfers=not self._apart
         )
@@ -187,6 +188,7 @@ class Intake:
         self._asks_usage = {**asked, **dict.fromkeys((provider.name for provider in config.providers), True)}
         self._names_pool = config.names_cluster
         self._endpoints = config.envoy.endpoints
+        self._retries = config.envoy.retries
         # Where no other replica would be asked, the end of patience is an error for the client.
         self._rescues = config.envoy.retries > 0 and config.envoy.retry_resets and config.envoy.endpoints > 1
         secret = key or secrets.token_bytes(KEY_BYTES)
@@ -255,7 +257,8 @@ class Intake:
             return Ready(request)
         usage = partial(requests.usage_change, parsed, data) if head.usage_is_read else _no_change
         span = partial(requests.model_span, parsed, data)
-        return Ready(request, Rewriting(data, request.model, usage, span, self._salt(who, parsed)))
+        rewriting = Rewriting(data, request.model, usage, span, self._salt(who, parsed))
+        return self._ready(request, rewriting, mirrors=head.mirrors)
 
     def task(self, head: Head, rewritable: bool = False) -> Task | Refuse:
         """What somebody else has to read of a body, for `decide_read`; a refusal where nothing is to be read of it."""
@@ -283,7 +286,8 @@ class Intake:
         if not rewritable:
             return Ready(request)
         usage = (lambda: reading.usage) if head.usage_is_read else _no_change
-        return Ready(request, Rewriting(body, request.model, usage, lambda: reading.model, self._salt(who, parsed)))
+        rewriting = Rewriting(body, request.model, usage, lambda: reading.model, self._salt(who, parsed))
+        return self._ready(request, rewriting, mirrors=head.mirrors)
 
     def proceed(self, ready: Ready, now: float, known: Tokenized | None = None) -> Answer | Hold:
         """The second half of `decide`. `known`: the prompt as the engine will have it."""
@@ -305,7 +309,12 @@ class Intake:
         if not isinstance(parsed, Parsed):
             return errors.of_bad_request(parsed)
         request = self._with_head(parsed.request, head, len(body), who)
-        return Ready(request, Rewriting(body, request.model, _no_change, _no_change, self._salt(who, parsed)))
+        rewriting = Rewriting(body, request.model, _no_change, _no_change, self._salt(who, parsed))
+        return self._ready(request, rewriting, mirrors=True)
+
+    def _ready(self, request: Request, rewriting: Rewriting, *, mirrors: bool) -> Ready:
+        """What can be changed, and copied where the proxy does so."""
+        return Ready(replace(request, mirrorable=True) if mirrors and self._mirrors else request, rewriting)
 
     def _decide(self, request: Request, rewriting: Rewriting | None, now: float) -> Answer | Hold:
         """`rewriting` is None where the body cannot be changed any more."""
@@ -343,13 +352,17 @@ class Intake:
         self._router.finish(flight, Outcome(End.CLIENT_GONE), now)
 
     def _steer(self, route: Route, rewriting: Rewriting | None) -> Steer:
-        pool = route.decision.pool
+        decision, pool = route.decision, route.decision.pool
         asking: list[Change] = []
         others: list[Change] = []
         if rewriting is not None:
             asking = rewriting.asking() if self._asks_usage.get(pool, False) else []
-            others = rewriting.renaming(route.decision.model) if route.decision.target is not None else []
+            others = rewriting.renaming(decision.model) if decision.target is not None else []
             others += rewriting.salting() if route.endpoints else []  # no provider knows that key
+        prefiller, mirror = decision.prefiller, None
+        if rewriting is not None and prefiller is not None and decision.bootstrap_port is not None:
+            others += rewriting.pairing(prefiller, decision.bootstrap_port)
+            prefiller, mirror = None, prefiller
         changes = [*asking, *others]
         destination, rank = ",".join(route.endpoints[: self._endpoints]), None
         if "/" in destination:  # data parallel ranks
@@ -361,10 +374,14 @@ class Intake:
             body=applied(rewriting.body, changes) if rewriting is not None and changes else None,
             strip_usage=bool(asking),
             pool=pool if self._names_pool else None,
-            patience_s=route.patience_s if self._rescues else None,
+            # Another could take no part in what two engines have begun with each other.
+            patience_s=route.patience_s if self._rescues and mirror is None else None,
             ratelimit=allowance_headers(route.allowance),
             rank=rank,
-            prefiller=route.decision.prefiller or ("" if pool in self._apart else None),
+            prefiller=prefiller or ("" if pool in self._apart else None),
+            mirror=mirror,
+            # Beyond those that are named Envoy would take any member, also one that only computes prompts.
+            retries=None if mirror is None else min(destination.count(","), self._retries),
         )
 
     # --- who asks ---

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
+from typing import Final
 
 from extproc.core.record import record
 from extproc.envoy.exchange import Data
 from extproc.openai import body as bodies
 from extproc.openai.body import Change, Span
+
+ROOMS: Final = 2**63 - 1
+"""Numbers under which two engines of SGLang's meet, from 1: 0 is what an empty place has there."""
 
 
 class NotFoundInBody(Exception):  # noqa: N818, it names what happened
@@ -42,6 +47,11 @@ class Rewriting:
         if span is None:
             raise NotFoundInBody(f"no key model in a body of {len(self.body)} bytes")
         return [bodies.rename(span, model)]
+
+    def pairing(self, prefiller: str, port: int) -> list[Change]:
+        """Have two engines of SGLang's that get the body meet at the bootstrap server of `prefiller` (`ip:port`)."""
+        host = prefiller.rpartition(":")[0]  # of IPv6 with its brackets, as from SGLang's router
+        return [bodies.pair(self.body, host, port, 1 + secrets.randbelow(ROOMS))]
 
     def salting(self) -> list[Change]:
         """Put the tenant's salt into the body."""

@@ -124,6 +124,15 @@ def salt(body: bytes | memoryview, value: str) -> Change:
     return Change(end, end, b',"cache_salt":"' + value.encode("ascii") + b'"')
 
 
+def pair(body: bytes | memoryview, host: str, port: int, room: int) -> Change:
+    """Tell two engines of SGLang's that get this body where they meet: at the bootstrap server of the one that prefills, under a number
+    below 2**63. Of doubled keys readers of JSON take the last, which are these.
+    """
+    end = bytes(body).rindex(b"}")
+    text = f',"bootstrap_host":"{host}","bootstrap_port":{port},"bootstrap_room":{room}'
+    return Change(end, end, text.encode("ascii"))
+
+
 def rename(span: Span, model: str) -> Change:
     """Put this name in the place of the model's; `span` by `model_span`."""
     return Change(*span, json.dumps(model).encode())

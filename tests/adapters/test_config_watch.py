@@ -115,6 +115,10 @@ def test_what_needs_a_restart_is_named(sections: dict[str, Any], named: list[str
 def test_prefill_and_decode_apart_may_change_but_not_begin_or_end() -> None:
     before, after = {**POOL, "disaggregation": {}}, {**POOL, "disaggregation": {"local_prefill": False}}
     assert merged(config(before), config(after)) == (config(after), [])
+    paired = {**POOL, "disaggregation": {"local_prefill": False, "protocol": "sglang"}}
+    moved = {**POOL, "disaggregation": {"local_prefill": False, "protocol": "sglang", "bootstrap_port": 9}}
+    assert merged(config(paired), config(moved)) == (config(moved), [])
+    assert merged(config(after), config(paired)) == (config(after), ["pools[0].disaggregation.protocol"])
     for one, other in ((POOL, before), (before, POOL)):
         assert merged(config(one), config(other)) == (config(one), ["pools[0].disaggregation"])
 

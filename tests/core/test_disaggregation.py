@@ -43,13 +43,14 @@ from extproc.core.types import (
 )
 
 from .support import H100, POOL, Log, address, chosen, member, ok, only, request, route, sample, text
-from .test_router_properties import Driver, Step, requests, scripts, steps, where
+from .test_router_properties import Arrive, Driver, Step, requests, scripts, steps, where
 
 P, D = address(0), address(1)
 LONG = 60_000
 """Bytes of a prompt that takes a second to compute."""
 FAST = DisaggregationSettings(bandwidth_bytes_per_s=50e9, latency_s=0.001)
 FORCED = DisaggregationSettings(local_prefill=False)
+PAIRED = DisaggregationSettings(local_prefill=False, bootstrap_port=8_998)
 
 
 def roles(*names: str) -> tuple[Replica, ...]:
@@ -343,6 +344,59 @@ def test_who_waits_for_a_place_where_it_is_answered_is_expected_to() -> None:
     member(made, 1).latency_s = 10.0
     sample(made, 1, 0.1, running=2, waiting=50)
     assert split_one(made, now=0.1).decision.prediction.ttft_s > 100.0
+
+
+def test_engines_that_meet_have_one_role_each() -> None:
+    made = apart("both", "both", "prefill", "decode", given=PAIRED)
+    sent = [route(made, request(text(LONG, n), mirrorable=True)) for n in range(6)]
+    assert {(s.endpoints, s.decision.prefiller, s.decision.bootstrap_port) for s in sent} == {
+        ((address(3),), address(2), 8_998)
+    }
+
+
+@pytest.mark.parametrize("wrong", [{"mirrorable": False}, {"samples": 2}, {"api": Api.RESPONSES}])
+def test_what_cannot_be_sent_to_two_goes_to_one_that_does_both(wrong: dict[str, Any]) -> None:
+    asked = replace(request(text(LONG), mirrorable=True), **wrong)
+    sent = route(apart("prefill", "both", "decode", given=PAIRED), asked)
+    assert (sent.endpoints, sent.decision.prefiller, sent.decision.bootstrap_port) == ((address(1),), None, None)
+    assert isinstance(apart("prefill", "decode", given=PAIRED).arrive(asked, 0.0), Reject)
+
+
+def test_without_one_that_prefills_nothing_is_sent_to_one_that_cannot() -> None:
+    assert isinstance(apart("decode", given=PAIRED).arrive(request(text(LONG), mirrorable=True), 0.0), Reject)
+
+
+@pytest.mark.parametrize(
+    ("label", "port"), [("9000", 9_000), ("0", 8_998), ("65536", 8_998), ("x", 8_998), ("\u0663", 8_998), ("", 8_998)]
+)
+def test_where_engines_meet_may_be_a_label(label: str, port: int) -> None:
+    made = Router([configured(PAIRED)], Random(1))
+    meeting = Replica(P, {**H100, "role": "prefill", "bootstrap_port": label})
+    made.learn(Reset(POOL, (meeting, Replica(D, {**H100, "role": "decode"}))), 0.0)
+    assert route(made, request(text(LONG), mirrorable=True)).decision.bootstrap_port == port
+
+
+def test_where_two_that_answer_refuse_to_be_asked_it_is_not_laid_to_who_prefills() -> None:
+    made = apart("prefill", "decode", "decode", given=PAIRED)
+    for n in range(10):
+        sent = route(made, request(text(100, n), mirrorable=True), 0.1 * n)
+        made.finish(sent.flight, Outcome(End.UNREACHABLE, served=sent.endpoints[1], attempts=2), 0.1 * n)
+    assert [member(made, i).state(1.0) is State.READY for i in range(3)] == [True, False, False]
+
+
+def test_requests_that_wait_for_who_prefills_hold_up_no_others() -> None:
+    made = Router([configured(PAIRED, queue=True)], Random(1))
+    made.learn(Reset(POOL, roles("prefill", "decode", "both")), 0.0)
+    assert isinstance([made.arrive(request(text(LONG, n), mirrorable=True), 0.0) for n in range(5)][-1], Wait)
+    whole = made.arrive(request(text(3 * LONG), api=Api.RESPONSES), 0.0)
+    assert isinstance(whole, Wait)
+    (turn,) = made.turns(0.0)
+    assert isinstance(turn.verdict, Route)
+    assert (turn.ticket, turn.verdict.endpoints) == (whole.ticket, (address(2),))
+
+
+def test_side_cars_need_no_place_to_meet() -> None:
+    assert split_one(apart("prefill", "decode", given=FORCED)).decision.bootstrap_port is None
 
 
 def test_equal_prefillers_share_prompts_and_each_its_own() -> None:
@@ -700,10 +754,10 @@ with_roles: st.SearchStrategy[Step] = st.one_of(
     steps,
     st.builds(Reset, st.just(POOL), st.lists(some, max_size=5, unique_by=lambda r: r.address).map(tuple)),
     st.builds(Add, st.just(POOL), some),
-    st.builds(Configured, st.just(POOL), st.sampled_from([None, FAST, FORCED]).map(configured)),
+    st.builds(Configured, st.just(POOL), st.sampled_from([None, FAST, FORCED, PAIRED]).map(configured)),
 )
 told = st.lists(st.tuples(with_roles, st.floats(0.0, 5.0)), max_size=50)
-choices = st.sampled_from([FAST, FORCED])
+choices = st.sampled_from([FAST, FORCED, PAIRED])
 
 
 class Apart(Driver):
@@ -713,6 +767,11 @@ class Apart(Driver):
         super().__init__("predicted")
         self.router = Router([configured(given)], Random(1), self.log, 30.0)
         self.router.learn(Reset(POOL, roles("prefill", "decode", "both")), 0.0)
+
+    def step(self, step: Step) -> None:
+        if isinstance(step, Arrive):
+            step = Arrive(replace(step.request, mirrorable=True))
+        super().step(step)
 
     def members(self) -> list[Member]:
         return [one for _, one in self.router.members()]

@@ -121,10 +121,11 @@ async def test_an_error_of_who_computes_it_ends_the_flight_and_its_leg(scene: Sc
 
 @pytest.mark.parametrize("tenants", [None, {"unknown": "anonymous"}], ids=["", "tenants"])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_envoy_takes_the_rules_with_one_header_more(tmp_path: Path, tenants: Any, ranks: int) -> None:
+@pytest.mark.parametrize("apart", [{}, {"protocol": "sglang", "local_prefill": False}], ids=["llm-d", "sglang"])
+def test_envoy_takes_the_rules_with_some_headers_more(tmp_path: Path, tenants: Any, ranks: int, apart: Any) -> None:
     """Its limit for the size of their expression is what the names are cut down for."""
     named: list[dict[str, Any]] = [
-        {"name": "a", "models": ["a"], "replicas": ["10.0.0.1:8000"], "disaggregation": {}},
+        {"name": "a", "models": ["a"], "replicas": ["10.0.0.1:8000"], "disaggregation": apart},
         {"name": "b", "models": ["b"], "replicas": ["10.0.0.2:8000"], "data_parallel": ranks},
     ]
     config = configured(tmp_path, *named, **({"tenants": tenants} if tenants else {}))

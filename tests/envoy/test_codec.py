@@ -195,6 +195,16 @@ def test_usage_is_read_by_our_own_proxy_and_of_what_goes_through_us(
     assert headers_of(message).head.usage_is_read is is_read
 
 
+@pytest.mark.parametrize(
+    ("mode", "mirrors"), [(None, False), (0, False), (1, False), (2, True), (3, False), (4, False)]
+)
+def test_copies_are_made_by_our_own_proxy_alone(mode: int | None, mirrors: bool) -> None:
+    message = request()
+    if mode is not None:
+        message.protocol_config.request_body_mode = mode  # type: ignore[assignment]
+    assert headers_of(message).head.mirrors is mirrors
+
+
 @pytest.mark.parametrize("raw", [b"", b"\xff\xff", b"\x0a\x05abc"])
 def test_what_cannot_be_read_is_said(raw: bytes) -> None:
     with pytest.raises(codec.Unreadable):
@@ -260,6 +270,14 @@ def test_the_rank_is_told_by_header() -> None:
 def test_who_computes_the_prompt_is_told_by_header() -> None:
     common = answered(SetDestination(Part.BODY, Steer("f", "a:1", prefiller="b:2"))).request_body.response
     assert set_headers(common.header_mutation) == dict.fromkeys(names.PREFILLER_HEADERS, b"b:2")
+
+
+def test_a_copy_and_how_often_another_is_tried() -> None:
+    response = answered(SetDestination(Part.BODY, Steer("f", "a:1,c:3", mirror="b:2", retries=1)))
+    common = response.request_body.response
+    assert set_headers(common.header_mutation) == {names.MIRROR_HEADER: b"1", names.RETRIES_HEADER: b"1"}
+    assert common.clear_route_cache
+    assert response.dynamic_metadata["extproc"] == {"flight": "f", "prefiller": "b:2"}
 
 
 @pytest.mark.parametrize("prefiller", ["", "b:2"])

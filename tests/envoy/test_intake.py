@@ -9,7 +9,7 @@ import pytest
 from extproc.config import Config, EnvoyConfig
 from extproc.core.types import Api, End, Outcome, Refusal, Reject, Request, Route
 from extproc.envoy.exchange import Head, Refuse, Steer
-from extproc.envoy.intake import MAX_PRIORITY, FakeRouter, Intake
+from extproc.envoy.intake import MAX_PRIORITY, FakeRouter, Intake, Ready
 from tests.envoy.setup import CHAT, prompt, route
 
 KEY = b"k" * 32
@@ -138,6 +138,53 @@ def test_who_computes_the_prompt_goes_along() -> None:
     split = replace(split, decision=replace(split.decision, prefiller="127.0.0.1:9"))
     answer = Intake(FakeRouter([split]), configured()).decide(POST, prompt(5), 0.0, True)
     assert answer == Steer("f1", "127.0.0.1:1,127.0.0.1:2", prefiller="127.0.0.1:9")
+
+
+PAIRED = {"protocol": "sglang", "local_prefill": False}
+
+
+def mirroring(**envoy: Any) -> Config:
+    pool = {"name": "a", "models": ["m"], "replicas": ["10.0.0.1:80"], "disaggregation": PAIRED}
+    return Config.model_validate({"pools": [pool], "envoy": envoy})
+
+
+@pytest.mark.parametrize("prefiller", ["127.0.0.1:9", "[2001:db8::1]:9"])
+def test_two_engines_that_get_one_request_are_told_where_they_meet(prefiller: str) -> None:
+    split = replace(route(1, 2), patience_s=3.0)
+    split = replace(split, decision=replace(split.decision, prefiller=prefiller, bootstrap_port=8_998))
+    body = prompt(5, stream=True)
+    answer = Intake(FakeRouter([split]), mirroring()).decide(replace(POST, mirrors=True), body, 0.0, True)
+    assert isinstance(answer, Steer)
+    assert (answer.mirror, answer.retries, answer.prefiller, answer.patience_s) == (prefiller, 1, "", None)
+    assert answer.body is not None
+    sent = json.loads(answer.body)
+    assert 0 < sent["bootstrap_room"] < 2**63
+    fields = {"bootstrap_host": prefiller[:-2], "bootstrap_port": 8_998, "bootstrap_room": sent["bootstrap_room"]}
+    assert sent == {**json.loads(body), **fields, "stream_options": {"include_usage": True}}
+
+
+def test_of_those_that_decode_no_more_are_tried_than_configured() -> None:
+    split = replace(route(1, 2), decision=replace(route(1, 2).decision, prefiller="127.0.0.1:9", bootstrap_port=1))
+    intake = Intake(FakeRouter([split]), mirroring(retries=0))
+    answer = intake.decide(replace(POST, mirrors=True), prompt(5), 0.0, True)
+    assert isinstance(answer, Steer)
+    assert answer.retries == 0
+
+
+@pytest.mark.parametrize("mirrors", [True, False])
+@pytest.mark.parametrize("rewritable", [True, False])
+@pytest.mark.parametrize("config", [mirroring(), configured()], ids=["sglang", "other"])
+def test_only_what_the_proxy_can_copy_may_be_split(mirrors: bool, rewritable: bool, config: Config) -> None:
+    router = FakeRouter([route(1)])
+    Intake(router, config).decide(replace(POST, mirrors=mirrors), prompt(5), 0.0, rewritable)
+    ((request, _),) = router.arrived
+    assert request.mirrorable is (mirrors and rewritable and config == mirroring())
+
+
+def test_what_a_person_asks_about_is_taken_to_be_copied() -> None:
+    ready = Intake(FakeRouter(), mirroring()).asked(POST, prompt(5))
+    assert isinstance(ready, Ready)
+    assert ready.request.mirrorable
 
 
 def test_a_rank_goes_apart_from_the_addresses() -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extproc.openai.body import Change, applied, model_span, rename, salt
+from extproc.openai.body import Change, applied, model_span, pair, rename, salt
 from extproc.openai.reading import Task, perform
 from extproc.openai.requests import Limits, Parsed, read
 from extproc.openai.requests import model_span as span_of
@@ -54,6 +54,18 @@ def renamed(body: bytes, name: str = "engine") -> bytes:
 )  # fmt: skip
 def test_the_name_is_replaced_and_nothing_else(before: bytes, after: bytes) -> None:
     assert renamed(before) == after
+
+
+@given(
+    st.dictionaries(st.text(), st.recursive(st.none() | st.integers() | st.text(), st.lists, max_leaves=5), min_size=1),
+    st.sampled_from(["10.0.0.1", "[2001:db8::1]"]),
+    st.integers(0, 2**63 - 1),
+    st.sampled_from(["", " ", "\n\t"]),
+)
+def test_where_two_engines_meet_is_all_that_is_added(body: dict[str, Any], host: str, room: int, space: str) -> None:
+    written = (json.dumps(body, ensure_ascii=False) + space).encode(errors="surrogatepass")
+    changed = json.loads(pair(written, host, 8_998, room).apply(written).decode(errors="surrogatepass"))
+    assert changed == {**body, "bootstrap_host": host, "bootstrap_port": 8_998, "bootstrap_room": room}
 
 
 def test_a_body_that_does_not_name_its_model_is_left_alone() -> None:

@@ -70,13 +70,14 @@ def _service(name: str, grpc_listener: str, http2: core.Http2ProtocolOptions) ->
 def pool(name: str, config: Config, baseline: str | None) -> cluster.Cluster:
     """The replicas of one pool. With `baseline` Envoy's own policy of that name chooses, without it the pick of extproc."""
     envoy = config.envoy
+    mirrored = any(p.name == name and p.mirrors for p in config.pools)
     members = file_of(envoy.endpoints_file, name, [p.name for p in config.pools])
     return cluster.Cluster(
         name=names.cluster_name(name),
         type=cluster.ClusterDiscoveryType.EDS,
         eds_cluster_config=cluster.ClusterEdsClusterConfig(eds_config=_watched(members)),
         connect_timeout=seconds(envoy.connect_timeout_s),
-        load_balancing_policy=POLICIES[baseline]() if baseline else _picked(),
+        load_balancing_policy=POLICIES[baseline]() if baseline else _picked(mirrored),
         typed_extension_protocol_options=_protocol(
             upstream.HttpProtocolOptionsExplicitHttpConfig(http_protocol_options=core.Http1ProtocolOptions()),
             core.HttpProtocolOptions(idle_timeout=seconds(REUSE_S)),
@@ -108,11 +109,18 @@ def _watched(path: Path) -> core.ConfigSource:
     )
 
 
-def _picked() -> cluster.LoadBalancingPolicy:
-    """The endpoints that extproc names, in their order; with none named, or none of them a member, the fallback."""
+def _picked(mirrored: bool) -> cluster.LoadBalancingPolicy:
+    """The endpoints that extproc names, in their order; with none named, or none of them a member, the fallback.
+
+    `mirrored`: there may be copies of requests. They have the metadata of the request (Envoy 1.40), so what is said of the copy comes
+    first, in a header that the request itself does not have.
+    """
     config = override_host.OverrideHost(
-        # From metadata and never from a header: only members can be named, and no client can name one.
-        override_host_sources=[override_host.OverrideHostOverrideHostSource(metadata=_key(names.DESTINATION))],
+        # From metadata: only members can be named, and no client can name one. What a client writes into the header of copies is dropped.
+        override_host_sources=[
+            *([override_host.OverrideHostOverrideHostSource(header=names.COPY_HEADER)] if mirrored else []),
+            override_host.OverrideHostOverrideHostSource(metadata=_key(names.DESTINATION)),
+        ],
         selected_host_key=_key(names.SERVED),
         fallback_policy=least_requests(),
     )

@@ -57,6 +57,8 @@ RANKED_HEADERS = (
 
 APART_HEADER = "x-[lp][a-z-]*"
 """In place of that of ranks where prefill and decode are apart: both names of that header would be too long."""
+MIRROR_HEADERS = ("x-extproc-p[a-z]*", "x-envoy-[a-z-]*", RANKED_HEADERS[2])
+"""In place of their first three where a second replica may get a copy: that there is one, and how often Envoy may try another."""
 EITHER_HEADER = "x-[dlp][a-z-]*"
 """Where one pool has ranks, and another has them apart: both by their names would be too long."""
 
@@ -82,6 +84,8 @@ def drop_control_headers(config: Config) -> core.TypedExtensionConfig:
         ours.append(names.RANK_HEADER)
     if _apart(config):
         ours += names.SIDECAR_HEADERS
+    if _mirrors(config):
+        ours += (names.MIRROR_HEADER, names.COPY_HEADER)
     removals = [mutation.HeaderMutation(remove=name) for name in ours]
     return extension("envoy.http.early_header_mutation.header_mutation", early.HeaderMutation(mutations=removals))
 
@@ -105,8 +109,8 @@ def _ext_proc(config: Config) -> ext_proc.ExternalProcessor:
         # For held requests extproc asks for more time; the ordinary timeout stays short, to notice a hang.
         max_message_timeout=seconds(max(config.hold_limit_s, envoy.message_timeout_s)),
         processing_mode=_request_only(),
-        # With several pools, or a provider, the answer names one in a header and asks for the route to be chosen again (clear_route_cache).
-        route_cache_action=cache.DEFAULT if config.names_cluster else cache.RETAIN,
+        # With several pools, a provider, or copies for a second replica, the answer names one in a header and asks for the route to be chosen again (clear_route_cache).
+        route_cache_action=cache.DEFAULT if config.names_cluster or _mirrors(config) else cache.RETAIN,
         mutation_rules=_may_set(_settable(config)),
         forward_rules=ext_proc.HeaderForwardingRules(disallowed_headers=exactly(_withheld(config))),
         metadata_options=ext_proc.MetadataOptions(
@@ -137,11 +141,16 @@ def _apart(config: Config) -> bool:
     return any(pool.disaggregation is not None for pool in config.pools)
 
 
+def _mirrors(config: Config) -> bool:
+    return any(pool.mirrors for pool in config.pools)
+
+
 def _settable(config: Config) -> tuple[str, ...]:
     ranked, apart = _ranked(config), _apart(config)
     if ranked or apart:
         engines = EITHER_HEADER if ranked and apart else APART_HEADER if apart else RANKED_HEADERS[3]
-        ours = (*RANKED_HEADERS[:3], engines, *RANKED_HEADERS[4:])
+        first = MIRROR_HEADERS if _mirrors(config) else RANKED_HEADERS[:3]
+        ours = (*first, engines, *RANKED_HEADERS[4:])
         return (*ours, *TENANT_HEADERS[-2:]) if config.tenants else ours
     return TENANT_HEADERS if config.tenants else SETTABLE_HEADERS
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import envoy_data_plane.envoy.config.common.mutation_rules.v3 as mutation
 import envoy_data_plane.envoy.config.core.v3 as core
 import envoy_data_plane.envoy.config.route.v3 as route
 import envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 as ext_proc
@@ -24,7 +25,9 @@ RETRY_ON = ("connect-failure", "refused-stream", "retriable-status-codes")
 
 def table(config: Config, baseline: bool) -> route.RouteConfiguration:
     """Paths without extproc first, then the pool or provider that it names, then the first pool: for baseline, fail-open and unread paths."""
-    routes = [] if baseline else [*_past_extproc(config), *_by_pool(config), *providers.routes(config)]
+    routes = (
+        [] if baseline else [*_past_extproc(config), *_mirrored(config), *_by_pool(config), *providers.routes(config)]
+    )
     first = _action(config.pools[0].name)
     routes.append(route.Route(name="default", match=route.RouteMatch(prefix="/"), route=first))
     host = route.VirtualHost(
@@ -73,9 +76,32 @@ def _by_pool(config: Config) -> list[route.Route]:
     ]
 
 
-def _action(pool: str, *, upgrade: bool = False) -> route.RouteAction:
+def _mirrored(config: Config) -> list[route.Route]:
+    """Of requests whose prompt another replica computes: it gets the same one, at the same time, and nobody reads what it answers."""
+    return [
+        route.Route(
+            name=f"prefill and decode {pool.name}",
+            match=route.RouteMatch(
+                prefix="/",
+                headers=[
+                    route.HeaderMatcher(name=names.MIRROR_HEADER, present_match=True),
+                    *([_header_is(names.POOL_HEADER, pool.name)] if config.names_cluster else []),
+                ],
+            ),
+            route=_action(pool.name, mirrored=True),
+            request_headers_to_remove=[names.MIRROR_HEADER],
+        )
+        for pool in config.pools
+        if pool.mirrors
+    ]
+
+
+def _action(pool: str, *, upgrade: bool = False, mirrored: bool = False) -> route.RouteAction:
+    cluster = names.cluster_name(pool)
     return route.RouteAction(
-        cluster=names.cluster_name(pool),
+        cluster=cluster,
+        request_mirror_policies=[_copy(cluster)] if mirrored else [],
+        retry_policy=_retries_mirrored() if mirrored else None,
         timeout=seconds(0),  # a generation may take any time; stream_idle_timeout ends a silent one
         upgrade_configs=[route.RouteActionUpgradeConfig(upgrade_type="websocket", enabled=True)] if upgrade else [],
     )
@@ -99,6 +125,30 @@ def _retries(envoy: EnvoyConfig) -> route.RetryPolicy:
         retry_back_off=route.RetryPolicyRetryBackOff(base_interval=seconds(0.005), max_interval=seconds(0.05)),
         retry_host_predicate=[tried],
         host_selection_retry_max_attempts=5,
+    )
+
+
+def _copy(cluster: str) -> route.RouteActionRequestMirrorPolicy:
+    """A copy has the metadata of the request (Envoy 1.40), so only a header of its own can send it elsewhere."""
+    told = core.HeaderValueOption(
+        header=core.HeaderValue(
+            key=names.COPY_HEADER, value=f"%DYNAMIC_METADATA({names.NAMESPACE}:{names.PREFILLER})%"
+        ),
+        append_action=core.HeaderValueOptionHeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD,
+    )
+    return route.RouteActionRequestMirrorPolicy(
+        cluster=cluster,
+        disable_shadow_host_suffix_append=True,
+        request_headers_mutations=[mutation.HeaderMutation(append=told)],
+    )
+
+
+def _retries_mirrored() -> route.RetryPolicy:
+    """Nothing that has begun: the two that got the request have met, and a third would wait in vain. How often comes in a header."""
+    return route.RetryPolicy(
+        retry_on="connect-failure",
+        num_retries=0,
+        retry_back_off=route.RetryPolicyRetryBackOff(base_interval=seconds(0.005), max_interval=seconds(0.05)),
     )
 
 
