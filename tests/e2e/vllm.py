@@ -31,8 +31,9 @@ ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
 }
+LORA_ENVIRONMENT = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+"""With adapters only: several API servers, as of data parallel ranks, refuse it."""
 OPTIONS = (
     *("--served-model-name", MODEL, "--host", "127.0.0.1"),
     *("--load-format", "dummy", "--dtype", "bfloat16", "--max-model-len", "4096", "--enforce-eager"),
@@ -76,10 +77,11 @@ class Vllm:
 
     async def __aenter__(self) -> Self:
         command, model = paths()
+        more = LORA_ENVIRONMENT if "--enable-lora" in self._options else {}
         with self.log.open("wb") as log:
             self._process = await asyncio.create_subprocess_exec(
                 *map(str, (command, "serve", model, "--port", self.port, *OPTIONS, *self._options)),
-                env={**os.environ, **ENVIRONMENT},
+                env={**os.environ, **ENVIRONMENT, **more},
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
