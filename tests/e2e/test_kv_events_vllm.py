@@ -6,7 +6,6 @@ Prompts are tokenised by the replicas themselves here, so that nothing but the e
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -22,41 +21,13 @@ from extproc.config import KvEvents
 from extproc.core.prefix.caches import Caches
 from extproc.core.prefix.exact import token_chain
 from extproc.core.types import Api, CacheChanged, CacheUnknown, Replica, Request, Reset
-from tests.e2e.vllm import MODEL, Vllm
+from tests.e2e.vllm import MODEL, WORDS, Vllm, kv_events
 from tests.support.ports import free_port
 from tests.support.waiting import until
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 POOL = "p"
 REQUESTS = 150
-WORDS = (
-    "the",
-    "a",
-    "of",
-    "to",
-    "in",
-    "and",
-    "is",
-    "for",
-    "on",
-    "that",
-    "with",
-    "as",
-    "it",
-    "was",
-    "by",
-    "at",
-    "from",
-    "be",
-    "or",
-)
-
-
-def options(endpoint: str, replay: str, topic: str = "kv-events") -> tuple[str, ...]:
-    events = {"enable_kv_cache_events": True, "endpoint": endpoint, "replay_endpoint": replay, "topic": topic}
-    adapters = sorted((Path(os.environ["MODEL"]).parent).glob("lora-*"))
-    lora = ("--enable-lora", "--lora-modules", *(f"{path.name}={path}" for path in adapters)) if adapters else ()
-    return ("--kv-events-config", json.dumps(events), *lora)
 
 
 class Bench:
@@ -134,7 +105,7 @@ async def bench(settings: KvEvents) -> AsyncIterator[Bench]:
 async def test_two_replicas_through_evictions_adapters_salts_and_a_restart(tmp_path: Path) -> None:
     async with AsyncExitStack() as stack:
         ports = [free_port() for _ in range(4)]
-        replicas = [Vllm(tmp_path, *options(f"tcp://*:{ports[i]}", f"tcp://*:{ports[i + 1]}")) for i in (0, 2)]
+        replicas = [Vllm(tmp_path, *kv_events(f"tcp://*:{ports[i]}", f"tcp://*:{ports[i + 1]}")) for i in (0, 2)]
         for replica in replicas:
             await stack.enter_async_context(replica)
         for replica in replicas:
@@ -158,7 +129,7 @@ async def test_two_replicas_through_evictions_adapters_salts_and_a_restart(tmp_p
         # One restarts in its place.
         port = replicas[0].port
         await replicas[0].__aexit__(None, None, None)
-        again = Vllm(tmp_path, *options(f"tcp://*:{ports[0]}", f"tcp://*:{ports[1]}"))
+        again = Vllm(tmp_path, *kv_events(f"tcp://*:{ports[0]}", f"tcp://*:{ports[1]}"))
         again.port = port
         await stack.enter_async_context(again)
         await again.ready()
@@ -179,7 +150,7 @@ async def test_a_replica_that_connects_to_us(tmp_path: Path) -> None:
         settings = KvEvents(mode="bind", bind=f"tcp://127.0.0.1:{here}", replay_endpoint=f"tcp://{{host}}:{replay}")
         replica = Vllm(tmp_path)
         topic = f"kv@{replica.address}@{MODEL}"
-        replica._options = options(f"tcp://127.0.0.1:{here}", f"tcp://*:{replay}", topic)
+        replica._options = kv_events(f"tcp://127.0.0.1:{here}", f"tcp://*:{replay}", topic)
         b = await stack.enter_async_context(bench(settings))
         b.following.follow(Reset(POOL, (Replica(replica.address),)))
         await stack.enter_async_context(replica)

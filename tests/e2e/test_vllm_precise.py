@@ -30,7 +30,7 @@ from extproc.core.types import Api
 from extproc.envoy import bootstrap, endpoints
 from extproc.openai.tokens import Question
 from tests.e2e.stack import CHAT, Json, client, configured, connected
-from tests.e2e.vllm import MODEL, Vllm
+from tests.e2e.vllm import MODEL, Vllm, adapters, kv_events, words
 from tests.support.envoy import EnvoyProcess
 from tests.support.ports import free_port
 from tests.support.process import Served
@@ -41,43 +41,7 @@ COMPLETIONS = "/v1/completions"
 REQUESTS, AFTERWARDS = 300, 150
 AT_ONCE = 4
 FIGURES = Path(__file__).parents[2] / "build/precise-vllm.json"
-WORDS = (
-    "the",
-    "a",
-    "of",
-    "to",
-    "in",
-    "and",
-    "is",
-    "for",
-    "on",
-    "that",
-    "with",
-    "as",
-    "it",
-    "was",
-    "by",
-    "at",
-    "from",
-    "be",
-    "or",
-)
 TOOL = {"type": "function", "function": {"name": "look", "description": "Look.", "parameters": {"type": "object"}}}
-
-
-def words(rng: Random, count: int) -> str:
-    return " ".join(rng.choices(WORDS, k=count))
-
-
-def adapters() -> list[str]:
-    return sorted(path.name for path in Path(os.environ["MODEL"]).parent.glob("lora-*"))
-
-
-def options(endpoint: str, replay: str) -> tuple[str, ...]:
-    events = {"enable_kv_cache_events": True, "endpoint": endpoint, "replay_endpoint": replay}
-    folder = Path(os.environ["MODEL"]).parent
-    lora = ("--enable-lora", "--lora-modules", *(f"{name}={folder / name}" for name in adapters()))
-    return ("--kv-events-config", json.dumps(events), *lora)
 
 
 @dataclass
@@ -227,7 +191,7 @@ async def scene(directory: Path, replicas: list[Vllm], events: dict[str, Any]) -
 async def test_predicted_cached_tokens_are_those_that_the_engine_reports(tmp_path: Path) -> None:
     async with AsyncExitStack() as stack:
         ports = [free_port() for _ in range(4)]
-        replicas = [Vllm(tmp_path, *options(f"tcp://*:{ports[i]}", f"tcp://*:{ports[i + 1]}")) for i in (0, 2)]
+        replicas = [Vllm(tmp_path, *kv_events(f"tcp://*:{ports[i]}", f"tcp://*:{ports[i + 1]}")) for i in (0, 2)]
         for replica in replicas:
             await stack.enter_async_context(replica)
         await asyncio.gather(*(r.ready() for r in replicas))
@@ -244,7 +208,7 @@ async def test_predicted_cached_tokens_are_those_that_the_engine_reports(tmp_pat
         # One restarts in its place.
         port = replicas[0].port
         await replicas[0].__aexit__(None, None, None)
-        again = Vllm(tmp_path, *options(f"tcp://*:{ports[0]}", f"tcp://*:{ports[1]}"))
+        again = Vllm(tmp_path, *kv_events(f"tcp://*:{ports[0]}", f"tcp://*:{ports[1]}"))
         again.port = port
         await stack.enter_async_context(again)
         await again.ready()

@@ -6,11 +6,13 @@ The caller names them by environment: VLLM is a virtual environment with vLLM 0.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 from pathlib import Path
+from random import Random
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 import aiohttp
 
@@ -52,6 +54,28 @@ def paths() -> tuple[Path, Path]:
         if not path.exists():
             raise RuntimeError(f"{path} does not exist; VLLM is a virtual environment, MODEL a model folder")
     return command, model
+
+
+_TEXT = "the a of to in and is for on that with as it was by at from be or"
+WORDS: Final = tuple(_TEXT.split())
+
+
+def words(rng: Random, count: int) -> str:
+    """Some of few: so that prompts of the same seed begin alike, and others do not."""
+    return " ".join(rng.choices(WORDS, k=count))
+
+
+def adapters() -> list[str]:
+    """Names of the LoRA adapters beside the model; their folders are called so."""
+    return sorted(path.name for path in Path(os.environ["MODEL"]).parent.glob("lora-*"))
+
+
+def kv_events(endpoint: str, replay: str, topic: str = "kv-events") -> tuple[str, ...]:
+    """Options of an engine that tells of its KV cache, with the adapters that there are."""
+    events = {"enable_kv_cache_events": True, "endpoint": endpoint, "replay_endpoint": replay, "topic": topic}
+    folder, names = Path(os.environ["MODEL"]).parent, adapters()
+    lora = ("--enable-lora", "--lora-modules", *(f"{name}={folder / name}" for name in names)) if names else ()
+    return ("--kv-events-config", json.dumps(events), *lora)
 
 
 class Vllm:
