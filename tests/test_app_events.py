@@ -19,7 +19,7 @@ from extproc.core.prefix.exact import token_chain
 from extproc.core.types import Api, Request
 from extproc.openai.simulated_prompt import token_ids, tokenized
 from extproc.sim.backend import Backend
-from tests.e2e.stack import MODEL, configured, replica
+from tests.e2e.stack import MODEL, all_ready, configured, replica
 from tests.support.waiting import until
 
 PROMPT = "word" * 16 * 20
@@ -89,6 +89,7 @@ async def test_what_explain_says_is_what_the_replica_finds(tmp_path: Path) -> No
         pool = {"replicas": addresses, "kv_events": {}, "tokenizer": {"simulated": True, "timeout_s": 5}}
         async with started(configured(tmp_path, pool)) as app, aiohttp.ClientSession() as http:
             await until(lambda: (known(app, one), known(app, other)) == (0, 0))
+            await until(lambda: all_ready(app))
 
             async def explained(**body: Any) -> dict[str, Any]:
                 url = f"http://{app.config.listen.http}/debug/explain"

@@ -85,6 +85,7 @@ async def scene(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Scene
         pool = {
             "engine": "none",
             "models": ["sim"],
+            "health": {"interval_s": 60, "doubt_interval_s": 60},
             "disaggregation": {"protocol": "sglang", "local_prefill": False, "bootstrap_port": PORTS[1]},
             "replicas": [
                 {"address": one.address, "labels": {"role": "prefill", "bootstrap_port": PORTS[0]}},
