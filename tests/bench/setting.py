@@ -69,7 +69,16 @@ def _raw(layout: Layout, kind: str) -> dict[str, Any]:
     return {
         "listen": {"grpc": f"127.0.0.1:{grpc}", "http": f"127.0.0.1:{layout.http}"},
         # Without scrapes: they cost by time and not by request, and the canned replica has no metrics.
-        "pools": [{"models": ["bench"], "engine": "none", "replicas": [f"127.0.0.1:{layout.backend}"]}],
+        # Nothing is held: answers here come at once, while the access log tells of them a tenth of a second later, so that the queue
+        # would be what is measured.
+        "pools": [
+            {
+                "models": ["bench"],
+                "engine": "none",
+                "queue": {"enabled": False},
+                "replicas": [f"127.0.0.1:{layout.backend}"],
+            }
+        ],
         "requests": {"flight_ttl_s": 600},
         "envoy": {
             "listen": f"127.0.0.1:{ports.listen}",
